@@ -1,0 +1,1 @@
+"""Two-stage feature extraction with cached embeddings; public names are imported when first used."""

@@ -1,0 +1,259 @@
+"""What each stage can be told: one frozen model per stage, unknown keys refused with the near name; TOML in and out."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from featurecache.errors import InputError, MissingFileError, did_you_mean
+
+T = TypeVar("T")
+
+Task = Literal["auto", "binary", "multiclass", "multilabel", "regression"]
+Engine = Literal["auto", "torch", "openvino"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+POOLS = ("auto", "none", "avg", "max", "avgmax", "gem", "rows", "flatten", "cls", "tokens-avg")
+ANY_VIEW = "*"  # the key of PerView that stands for every view without an entry of its own
+
+
+def _per_view(value: Any) -> Any:
+    """A bare value means every view; a mapping names views (`*` is the rest)."""
+    return value if isinstance(value, Mapping) else {ANY_VIEW: value}
+
+
+PerView = Annotated[dict[str, T], BeforeValidator(_per_view)]
+"""An option given once for all views, or per view: `{"*": everywhere_else, "lateral": here}`."""
+
+
+def for_view(option: Mapping[str, T], view: str, default: T) -> T:
+    """The value that an option holds for one view."""
+    return option.get(view, option.get(ANY_VIEW, default))
+
+
+class Settings(BaseModel):
+    """Base of all configuration: frozen, and every unknown key is an error that names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            known = cls.model_fields
+            for key in data:
+                if key not in known:
+                    raise ValueError(f"unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
+        return data
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any], *, source: str = "") -> Self:
+        """Validate `values`.
+
+        Raises:
+            InputError: names each offending key, what was found and what is accepted.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = []
+            for item in error.errors():
+                where = ".".join(str(part) for part in item["loc"])
+                message = item["msg"].removeprefix("Value error, ")
+                found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+                problems.append(f"{where}: {message}{found}" if where else message)
+            raise InputError.from_problems(f"{source or cls.__name__}: not valid", problems) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Read and validate a TOML file.
+
+        Raises:
+            MissingFileError: there is no such file.
+            InputError: it is not TOML, or a key or value is not accepted.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MissingFileError(f"{path}: no such file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not valid TOML: {error}") from None
+        return cls.create(values, source=str(path))
+
+    def to_toml(self) -> str:
+        """TOML text that `from_toml` reads back to an equal object (None is left out: TOML has none)."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+class Tap(Settings):
+    """One tap as the user writes it: `NAME[:POOL]`.
+
+    `module` is `penultimate` or a dotted module name; pool `auto` becomes `none` for vectors and `avg` for maps.
+    """
+
+    module: str = "penultimate"
+    pool: Literal["auto", "none", "avg", "max", "avgmax", "gem", "rows", "flatten", "cls", "tokens-avg"] = "auto"
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """`layer4:avg` -> Tap(module='layer4', pool='avg')."""
+        module, _, pool = text.partition(":")
+        if not module:
+            raise InputError(f"tap {text!r}: no module name before the colon. Write NAME or NAME:POOL.")
+        if pool and pool not in POOLS:
+            known = f"{did_you_mean(pool, POOLS)} Known: {', '.join(POOLS)}."
+            raise InputError(f"tap {text!r}: unknown pooling {pool!r}.{known}")
+        return cls.create({"module": module, "pool": pool or "auto"})
+
+    def __str__(self) -> str:
+        return self.module if self.pool == "auto" else f"{self.module}:{self.pool}"
+
+
+def _taps(value: Any) -> Any:
+    """Accept 'layer4', ['layer4:avg', 'penultimate'] and the explicit mapping, for all views or per view."""
+
+    def one(item: Any) -> Any:
+        return Tap.parse(item) if isinstance(item, str) else item
+
+    def many(items: Any) -> Any:
+        return tuple(one(item) for item in items) if isinstance(items, list | tuple) else (one(items),)
+
+    if isinstance(value, Mapping) and not {"module", "pool"} >= set(value):
+        return {view: many(items) for view, items in value.items()}
+    return {ANY_VIEW: many(value)}
+
+
+class ManifestConfig(Settings):
+    """How the table of samples is read; shared by every command that takes a manifest."""
+
+    manifest: Path
+    views: dict[str, str] = {}
+    layout: Literal["wide", "long"] = "wide"
+    view_column: str | None = None
+    path_column: str | None = None
+    multi: Literal["error", "first", "mean", "max"] = "error"
+    id: str | None = None
+    root: Path | None = None
+    allow_outside: bool = False
+    reader: PerView[str] = {ANY_VIEW: "image"}
+    box: dict[str, tuple[str, ...]] = {}
+    frame: dict[str, str] = {}
+    flip_if: dict[str, str] = {}
+
+
+class BodyConfig(Settings):
+    """Which network runs over a view's images, and what is done to them before."""
+
+    body: PerView[str] = {ANY_VIEW: "torchvision/densenet121"}
+    weights: PerView[str] = {}
+    image_size: PerView[int] = {}
+    resize: PerView[int | Literal["none"]] = {}
+    crop: PerView[int | Literal["none"]] = {}
+    resize_mode: PerView[Literal["crop", "squash", "pad"]] = {}
+    interpolation: PerView[Literal["nearest", "bilinear", "bicubic"]] = {}
+    antialias: PerView[bool] = {}
+    exif: PerView[bool] = {}
+    mean: PerView[tuple[float, ...]] = {}
+    std: PerView[tuple[float, ...]] = {}
+    channels: PerView[int] = {}
+    trust_factory: tuple[str, ...] = ()
+
+
+class DeviceConfig(Settings):
+    """Where and how the computation runs."""
+
+    device: str = "auto"
+    precision: Precision = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+    workers: int | Literal["auto"] = "auto"
+
+
+class ExtractConfig(ManifestConfig, BodyConfig, DeviceConfig):
+    """Stage one."""
+
+    store: Path
+    name: str | None = None
+    replace: bool = False
+    seed: int | None = None  # of random weights; without it `weights = "none"` is refused
+    tap: Annotated[dict[str, tuple[Tap, ...]], BeforeValidator(_taps)] = {ANY_VIEW: (Tap(),)}
+    engine: Engine = "auto"
+    store_dtype: Literal["float16", "float32"] = "float16"
+    codec: Literal["none", "zstd", "blosc", "gzip"] = "none"
+    rows_per_chunk: int | None = None
+    check: Literal["stat", "content"] = "stat"
+    on_error: Literal["skip", "stop"] = "skip"
+    retry_failed: bool = False
+
+
+class SplitConfig(Settings):
+    """How samples are divided; `split` is 'auto' or the name of a column that holds train, valid or test."""
+
+    split: str = "auto"
+    group: str | None = None
+    seed: int = 0
+    valid: float = 0.15
+    test: float = 0.15
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Self:
+        if not (0 < self.valid < 1 and 0 <= self.test < 1 and self.valid + self.test < 1):
+            raise ValueError(f"valid={self.valid}, test={self.test}: fractions in (0, 1) that leave rows for training")
+        return self
+
+
+class TargetConfig(Settings):
+    """What is predicted."""
+
+    target: tuple[str, ...]
+    task: Task = "auto"
+    uncertain: dict[str, Literal["ignore", "zero", "one"]] = {}
+
+
+class FitConfig(SplitConfig, TargetConfig):
+    """Stage two."""
+
+    store: Path
+    dataset: str
+    head: str = "fc"
+    out: Path | None = None
+    overwrite: bool = False
+    views: tuple[str, ...] = ()
+    tap: tuple[str, ...] = ()
+    recipe: PerView[str] = {}
+    manifest: Path | None = None
+    allow_partial: bool = False
+    missing: Literal["zero", "drop", "error"] = "zero"
+    settings: dict[str, Any] = {}
+    memory: int | Literal["auto"] = "auto"
+    device: str = "auto"
+    bootstrap: int = 1000
+
+
+class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
+    """End-to-end fine-tuning of bodies and FC head. With `init`, views, bodies, target and split come from that run."""
+
+    target: tuple[str, ...] = ()
+    task: Task = "auto"
+    uncertain: dict[str, Literal["ignore", "zero", "one"]] = {}
+    out: Path | None = None
+    overwrite: bool = False
+    resume: bool = False
+    init: Path | None = None
+    share_bodies: bool = False
+    fusion: str = "concat"
+    epochs: int = 5
+    freeze_epochs: int = 1
+    lr: float = 1e-3
+    body_lr: float = 1e-4
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    view_dropout: float = 0.1
+    augment: tuple[str, ...] = ("crop", "flip")
+    settings: dict[str, Any] = {}
+    missing: Literal["zero", "drop", "error"] = "zero"
+    bootstrap: int = 1000
