@@ -1,0 +1,88 @@
+"""The Python API: the stages as functions of keyword arguments, the same configuration as the command line's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from featurecache.config import ExtractConfig, JointConfig
+from featurecache.evaluate import Evaluation
+from featurecache.evaluate import evaluate as run_evaluate
+from featurecache.extract import Summary
+from featurecache.extract import extract as run_extract
+from featurecache.fit import fit_head
+from featurecache.joint.finetune import finetune_joint as run_joint
+from featurecache.predict import NewSamples, Scored
+from featurecache.predict import predict as run_predict
+from featurecache.progress import Reporter
+from featurecache.run import Run, load_run
+
+__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "predict"]
+
+
+def extract(manifest: str | Path, *, store: str | Path, reporter: Reporter | None = None, **options: Any) -> Summary:
+    """Stage one.
+
+    Args:
+        manifest: CSV or Parquet table, or image folder.
+        store: path of the store.
+        reporter: told of progress.
+        options: fields of `featurecache.config.ExtractConfig`: `views={"frontal": "frontal_path"}`, `body=...`, ...
+
+    Raises:
+        InputError: an option, the manifest or a body is not valid.
+    """
+    return run_extract(ExtractConfig.create({"manifest": manifest, "store": store, **options}), reporter)
+
+
+def finetune_joint(manifest: str | Path, *, reporter: Reporter | None = None, **options: Any) -> Run:
+    """Bodies and head as one network.
+
+    Args:
+        manifest: as for `extract`.
+        reporter: told of progress.
+        options: fields of `featurecache.config.JointConfig`: `target=("label",)`, `init="runs/fc"`, `epochs=5`, ...
+
+    Raises:
+        InputError: an option, the manifest or the run to start from is not valid.
+    """
+    target = options.get("target")
+    if isinstance(target, str):
+        options["target"] = (target,)
+    return run_joint(JointConfig.create({"manifest": manifest, **options}), reporter=reporter)
+
+
+def predict(
+    run: str | Path,
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> Scored:
+    """Predict new samples into a .csv or .parquet file.
+
+    Args:
+        run: a run directory.
+        sources: a manifest, or image files (`VIEW=FILE` where the run has several views).
+        out: the file to write.
+        reporter: told of progress.
+        options: fields of `featurecache.predict.NewSamples`: `store=...`, `device=...`, ...
+    """
+    return run_predict(run, new_samples(sources, options), out, reporter)[0]
+
+
+def evaluate(
+    run: str | Path, manifest: str | Path, *, bootstrap: int = 1000, reporter: Reporter | None = None, **options: Any
+) -> Evaluation:
+    """Measure a run on new labelled samples; arguments as for `predict`."""
+    return run_evaluate(load_run(run), new_samples(manifest, options), bootstrap=bootstrap, reporter=reporter)
+
+
+def new_samples(sources: str | Path | Sequence[str | Path], options: dict[str, Any]) -> NewSamples:
+    """Sources and options as `NewSamples`."""
+    listed = [sources] if isinstance(sources, str | Path) else list(sources)
+    if "store" in options and options["store"] is not None:
+        options["store"] = Path(options["store"])
+    return NewSamples(tuple(str(source) for source in listed), **options)

@@ -1,0 +1,1 @@
+"""What turns arrays into activations: bodies, taps, engines."""

@@ -1,0 +1,117 @@
+"""What a body's features depend on: digests of the tensors and of the program that run up to the last tap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featurecache.bodies.program import describe_module, foreign_modules, sources, update_tensor
+from featurecache.bodies.registry import FACTORY, Body
+from featurecache.bodies.tapped import ResolvedTap, Tapped
+from featurecache.bodies.taps import dummy
+
+
+def identify(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> tuple[str, str]:
+    """SHA-256 of the weights and of the program, covering what may influence the taps.
+
+    Left out are only modules that a full pass enters and a pass up to the last tap does not, and whose tensors are
+    shown not to matter (the classifier, for `penultimate`). Everything else counts, modules that no pass enters too: a
+    parent may use their tensors directly, as `nn.MultiheadAttention` does.
+
+    Args:
+        body: the network.
+        taps: its taps.
+        size: (height, width) of the images.
+
+    Returns:
+        (weights, program) as hexadecimal digits. Weights: sorted names, dtypes, shapes and little-endian bytes.
+        Program: classes and settings of the modules, source of classes outside torch, torchvision and timm,
+        non-persistent buffers.
+    """
+    unused = unused_modules(body, taps, size)
+    counted = {name: child for name, child in body.module.named_modules() if name not in unused}
+    return _weights(counted), _program(body, counted)
+
+
+def unused_modules(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> set[str]:
+    """Dotted names of the modules that run only after the last tap."""
+    x = dummy(body, size, 1)
+    tapped = Tapped(body, taps)
+    with torch.no_grad():
+        needed, features = _entered(body.module, tapped, x)
+        try:
+            entered, _ = _entered(body.module, body.module, x)
+        except Exception:  # a body that fails behind its taps can't show what they don't need
+            return set()
+        unused = entered - needed
+        return unused if _is_unused(tapped, unused, features, x) else set()
+
+
+def _entered(root: nn.Module, run: nn.Module, x: Tensor) -> tuple[set[str], Any]:
+    names = {id(child): name for name, child in root.named_modules()}
+    entered: set[str] = set()
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entered.add(names[id(module)])
+
+    handles = [child.register_forward_pre_hook(note) for child in root.modules()]
+    try:
+        return entered, run(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_unused(tapped: Tapped, unused: set[str], features: tuple[Tensor, ...], x: Tensor) -> bool:
+    """Whether the taps stay as they are when the tensors of these modules become NaN."""
+    counted, other = set[int](), dict[str, Tensor]()
+    for name, child in tapped.module.named_modules():
+        for key, tensor in _tensors(child).items():
+            if name not in unused:
+                counted.add(id(tensor))
+            elif tensor.is_floating_point():
+                other[f"module.{name}.{key}"] = tensor
+    poison = {
+        name: torch.full((), float("nan"), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        for name, tensor in other.items()
+        if id(tensor) not in counted
+    }
+    if not poison:
+        return True
+    poisoned = torch.func.functional_call(tapped, poison, (x,))
+    return all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(features, poisoned, strict=True))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers."""
+    buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    return {key: value for key, value in {**module._parameters, **buffers}.items() if value is not None}
+
+
+def _weights(counted: dict[str, nn.Module]) -> str:
+    tensors = {
+        f"{name}.{key}" if name else key: tensor
+        for name, child in counted.items()
+        for key, tensor in _tensors(child).items()
+    }
+    digest = hashlib.sha256(b"weights/1\n")
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        update_tensor(digest, tensor)
+    return digest.hexdigest()
+
+
+def _program(body: Body, counted: dict[str, nn.Module]) -> str:
+    own = {body.architecture.partition(":")[0]} if FACTORY.fullmatch(body.architecture) else set()
+    program = {
+        "program": 1,
+        "modules": {name: describe_module(child) for name, child in counted.items()},
+        "sources": sources(foreign_modules(body.module) | own),
+    }
+    text = json.dumps(program, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

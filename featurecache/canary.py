@@ -1,0 +1,103 @@
+"""Notices drifted numbers: each recipe keeps the features of four synthetic inputs, compared before appending."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from featurecache.bodies.engines import Engine
+from featurecache.data.readers.base import Decoded, Reader
+from featurecache.data.transforms import Preprocessing
+from featurecache.errors import StoreError
+
+INPUTS = 4
+KEPT = 256  # values kept per input and tap: enough to see drift, small enough for an attribute of a Zarr group
+# Relative centred error ||a - b|| / ||b - mean(b)|| beyond which a process may not append. Between correct kernels
+# fp32 features differ by about 1e-6 and low-precision ones by up to 0.014.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.01}
+LIBRARIES = ("featurecache", "torch", "torchvision", "openvino", "timm", "pillow", "numpy", "zarr")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers may depend on, for the record."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def synthetic_images(size: int = 256) -> list[NDArray[np.uint8]]:
+    """Four fixed RGB images, (size, size, 3): gradients, rings, stripes and blocks, made by integer arithmetic."""
+    y, x = np.mgrid[0:size, 0:size].astype(np.int64)
+    rings = (x - size // 2) ** 2 + (y - size // 3) ** 2
+    planes = [
+        (x, y, (x + y) // 2),
+        (rings // 37, rings // 53 + x, rings // 71 + y),
+        ((x // 9 * 67 + y) * 3, y // 5 * 41, (x + 2 * y) // 7 * 29),
+        ((x // 16) * (y // 16) * 7, (x // 32 + y // 32) * 83, (x ^ y)),
+    ]
+    return [np.stack([plane % 256 for plane in channels], axis=-1).astype(np.uint8) for channels in planes]
+
+
+def canary_batch(reader: Reader, preprocessing: Preprocessing) -> torch.Tensor:
+    """The synthetic inputs as the body gets them: through the image reader where that is the reader of the view."""
+    outputs = []
+    for pixels in synthetic_images():
+        if reader.name == "image":
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="PNG")
+            decoded = reader.decode(buffer.getvalue(), {})
+        else:
+            repeats = -(-preprocessing.channels // 3)
+            decoded = Decoded(np.ascontiguousarray(np.tile(pixels, repeats)[..., : preprocessing.channels]), 255.0)
+        outputs.append(preprocessing.apply(decoded))
+    return torch.stack(outputs)
+
+
+def sing(
+    engine: Engine, reader: Reader, preprocessing: Preprocessing, names: list[str]
+) -> dict[str, list[list[float]]]:
+    """The canary: per tap, INPUTS lists of up to KEPT feature values, taken evenly over the flattened features."""
+    song: dict[str, list[list[float]]] = {}
+    for name, features in zip(names, engine(canary_batch(reader, preprocessing)), strict=True):
+        flat = np.asarray(features, dtype=np.float64).reshape(INPUTS, -1)
+        kept = np.linspace(0, flat.shape[1] - 1, min(KEPT, flat.shape[1])).round().astype(int)
+        song[name] = [[float(f"{value:.9g}") for value in row] for row in flat[:, kept]]
+    return song
+
+
+def check_canary(
+    now: dict[str, list[list[float]]], then: dict[str, Any], precision: str, recorded: dict[str, Any], recipe: str
+) -> None:
+    """Refuse to append where this process computes other numbers than the one that made the recipe.
+
+    Raises:
+        StoreError: drift beyond tolerance, naming the library versions that differ.
+    """
+    for name, rows in then.items():
+        old, new = np.array(rows), np.array(now[name])
+        spread = float(np.linalg.norm(old - old.mean(axis=0))) or 1.0
+        drift = float(np.linalg.norm(new - old)) / spread if old.shape == new.shape else float("inf")
+        if not drift <= TOLERANCE[precision]:
+            before, after = recorded.get("versions", {}), versions()
+            changed = [
+                f"{lib} {before.get(lib, 'absent')} then, {after.get(lib, 'absent')} now"
+                for lib in sorted({*before, *after})
+                if before.get(lib) != after.get(lib)
+            ]
+            raise StoreError(
+                f"recipe {recipe}: this process computes other features than the one that made it. Tap {name} drifts "
+                f"by {drift:.3g} (tolerance {TOLERANCE[precision]:g}). Nothing was written. Versions: "
+                f"{'; '.join(changed) or 'the same, so the hardware or its kernels differ'}. Use the versions of then, "
+                "another --precision, or a new store."
+            )

@@ -1,0 +1,45 @@
+"""The command line: every command parses and calls, nothing more. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from featurecache.cli import bodies, demo, extract, heads, joint, predict, stores
+
+app = typer.Typer(
+    name="featurecache",
+    help="Run CNN bodies over every view once, cache what they see, train heads in seconds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Start with: featurecache demo",
+)
+app.command("demo", epilog=demo.EPILOG)(demo.demo)
+app.command("extract", epilog=extract.EPILOG)(extract.extract)
+app.command("fit-head", epilog=heads.EPILOG)(heads.fit_head)
+app.command("finetune-joint", epilog=joint.EPILOG)(joint.finetune_joint)
+app.command("predict", epilog=predict.PREDICT_EPILOG)(predict.predict)
+app.command("evaluate", epilog=predict.EVALUATE_EPILOG)(predict.evaluate)
+app.command("info", epilog=stores.INFO_EPILOG)(stores.info)
+app.add_typer(bodies.app, name="bodies")
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True),
+) -> None:
+    """Run CNN bodies over every view once, cache what they see, train heads in seconds."""
+    if show:
+        from featurecache.record import package_version
+
+        typer.echo(package_version())
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `featurecache` command."""
+    # Threads of OpenMP spin while they wait. Beside decoding threads, or another process, that takes the cores away from
+    # those who work: measured on 2 busy cores, 4 to 20 times slower. Read when torch is loaded, so set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    app()

@@ -1,0 +1,173 @@
+"""`featurecache extract`: stage one from the command line."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featurecache.cli import options as opt
+from featurecache.cli.output import Debug, Json, Output, Quiet, command, human_bytes
+from featurecache.cli.progress import reporter
+
+if TYPE_CHECKING:
+    from featurecache.extract import Summary
+
+STORE = "Store"
+
+
+class StoreDtype(StrEnum):
+    """How features are stored."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
+class EngineOption(StrEnum):
+    """What runs the body."""
+
+    auto = "auto"
+    torch = "torch"
+
+
+class Codec(StrEnum):
+    """How chunks are compressed."""
+
+    none = "none"
+    zstd = "zstd"
+    blosc = "blosc"
+    gzip = "gzip"
+
+
+class Check(StrEnum):
+    """How an unchanged image is recognised."""
+
+    stat = "stat"
+    content = "content"
+
+
+class OnError(StrEnum):
+    """What an unreadable image does."""
+
+    skip = "skip"
+    stop = "stop"
+
+
+EPILOG = (
+    "Example: featurecache extract manifest.csv --store cache --view frontal=frontal_path --view lateral=lateral_path "
+    "--body torchvision/densenet121"
+)
+
+
+def extract(
+    ctx: typer.Context,
+    manifest: opt.Manifest,
+    store: Annotated[Path, typer.Option(help="The store; made if it is not there.", rich_help_panel=STORE)],
+    view: opt.View = None,
+    layout: opt.LayoutOption = opt.Layout.wide,
+    view_column: opt.ViewColumn = None,
+    path_column: opt.PathColumn = None,
+    multi: opt.MultiOption = opt.Multi.error,
+    id: opt.Id = None,
+    root: opt.Root = None,
+    allow_outside: opt.AllowOutside = False,
+    reader: opt.ReaderOption = None,
+    box: opt.Box = None,
+    frame: opt.Frame = None,
+    flip_if: opt.FlipIf = None,
+    body: opt.BodyOption = None,
+    weights: opt.Weights = None,
+    seed: Annotated[int | None, typer.Option(help="Of random weights.", rich_help_panel=opt.BODY)] = None,
+    tap: opt.TapOption = None,
+    image_size: opt.ImageSize = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    resize_mode: opt.ResizeMode = None,
+    interpolation: opt.Interpolation = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    channels: opt.Channels = None,
+    trust_factory: opt.TrustFactory = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the dataset; default the manifest's stem.", rich_help_panel=STORE)
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Give the name to another manifest.", rich_help_panel=STORE)
+    ] = False,
+    store_dtype: Annotated[StoreDtype, typer.Option(rich_help_panel=STORE)] = StoreDtype.float16,
+    codec: Annotated[Codec, typer.Option(help="Features hardly compress.", rich_help_panel=STORE)] = Codec.none,
+    rows_per_chunk: Annotated[
+        int | None, typer.Option(help="Default: about 8 MiB a chunk.", rich_help_panel=STORE)
+    ] = None,
+    check: Annotated[Check, typer.Option(help="content reads every file.", rich_help_panel=STORE)] = Check.stat,
+    on_error: Annotated[OnError, typer.Option(help="At an unreadable image.", rich_help_panel=STORE)] = OnError.skip,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed before.", rich_help_panel=STORE)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be computed and why; write nothing.", rich_help_panel=STORE),
+    ] = False,
+    engine: Annotated[EngineOption, typer.Option(rich_help_panel=opt.DEVICE)] = EngineOption.auto,
+    device: opt.DeviceOption = "auto",
+    precision: opt.PrecisionOption = opt.PrecisionChoice.auto,
+    batch_size: opt.BatchSize = "auto",
+    workers: opt.Workers = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run the bodies over the images of every view and keep what they see in a store; only what is new is computed."""
+    with command("extract", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.config import ExtractConfig
+
+        params = ctx.params
+        names = list(opt.pairs("--view", view)) or ["image"]
+        own = ("store", "name", "replace", "seed", "rows_per_chunk", "retry_failed")
+        chosen = ("store_dtype", "codec", "check", "on_error", "engine")
+        config = ExtractConfig.create(
+            {
+                **opt.manifest_options(params),
+                **opt.body_options(params, "torchvision/densenet121"),
+                **opt.device_options(params),
+                **{key: params[key] for key in own},
+                **{key: str(params[key]) for key in chosen},
+                **({"tap": opt.taps(tap, names)} if tap else {}),
+            },
+            source="extract",
+        )
+        if dry_run:
+            from featurecache.dryrun import plan_extract
+
+            with reporter(quiet=quiet) as progress:
+                plan = plan_extract(config, progress)
+            output.figures = plan.to_json()
+            for line in plan.lines():
+                output.text(line)
+            return
+        from featurecache.extract import extract as run
+
+        with reporter(quiet=quiet) as progress:
+            summary = run(config, progress)
+        show(output, summary)
+
+
+def show(output: Output, summary: Summary) -> None:
+    """What a person and a script want to know of a run of stage one."""
+    output.outputs = [summary.store]
+    output.figures = summary.to_json()
+    output.failed = summary.failures
+    share = 100 * summary.reused / summary.images if summary.images else 100.0
+    output.text(f"dataset   {summary.dataset}: {summary.samples:,} samples, {summary.images:,} images")
+    output.text(f"computed  {summary.computed:,} ({summary.images_per_second:,.1f} images/s)")
+    output.text(f"reused    {summary.reused:,} ({math.floor(share * 10) / 10:g} % reused)")
+    output.text(f"failed    {summary.failed:,}" + (f", see {summary.store}/failures.csv" if summary.failed else ""))
+    output.text(f"written   {human_bytes(summary.bytes_written)} to {summary.store}")
+    for view, recipe in summary.recipes.items():
+        output.text(f"view      {view}: recipe {recipe}, {summary.engines[view]}")
+    parts = ", ".join(f"{name.removeprefix('seconds_')} {value:.1f} s" for name, value in summary.seconds.items())
+    output.text(f"time      {parts}")
+    output.next = f"featurecache fit-head {summary.store} --dataset {summary.dataset} --target COLUMN --head logistic"

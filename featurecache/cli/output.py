@@ -1,0 +1,147 @@
+"""What every command shares: --json, --quiet, --debug, exit statuses, signals, and where each kind of text goes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from featurecache.errors import FeatureCacheError
+
+SCHEMA = 1
+DONE, FAILED, WRONG, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Output")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print only the path or ids made, one per line.", rich_help_panel="Output")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
+
+
+@dataclass
+class Output:
+    """What a command has to say; printed when it ends, as text, JSON or bare paths."""
+
+    command: str
+    as_json: bool
+    quiet: bool
+    debug: bool
+    outputs: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    next: str = ""
+
+    @property
+    def silent(self) -> bool:
+        """Whether progress is to be left out altogether."""
+        return self.quiet
+
+    def text(self, line: str = "") -> None:
+        """A line for people; goes to stdout unless --json or --quiet."""
+        self.lines.append(line)
+
+    def finish(self) -> int:
+        """Print what was gathered; returns the exit status."""
+        status = PARTLY if self.failed else DONE
+        if self.as_json:
+            self._print_json("partly failed" if self.failed else "done", self.figures)
+        elif self.quiet:
+            for path in self.outputs:
+                print(path)
+        else:
+            for line in self.lines:
+                print(line)
+            self._print_failed()
+            if self.next:
+                sys.stdout.flush()
+                print(f"Next: {self.next}", file=sys.stderr)
+        return status
+
+    def error(self, message: str, status: int) -> int:
+        """Print what went wrong; returns the exit status."""
+        if self.as_json:
+            self._print_json("interrupted" if status == INTERRUPTED else "failed", {**self.figures, "error": message})
+        print(message if status == INTERRUPTED else f"Error: {message}", file=sys.stderr)
+        return status
+
+    def _print_json(self, status: str, figures: Mapping[str, Any]) -> None:
+        print(
+            json.dumps(
+                {
+                    "schema": SCHEMA,
+                    "command": self.command,
+                    "status": status,
+                    "outputs": self.outputs,
+                    "failed": self.failed,
+                    **figures,
+                },
+                ensure_ascii=False,
+                default=str,
+            )
+        )
+
+    def _print_failed(self, shown: int = 10) -> None:
+        for entry in self.failed[:shown]:
+            print(f"failed: {entry['sample_id']} {entry['view']} {entry['path']}: {entry['error']}", file=sys.stderr)
+        if len(self.failed) > shown:
+            print(f"... and {len(self.failed) - shown} more", file=sys.stderr)
+
+
+@contextmanager
+def command(name: str, *, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
+    """Run a command's body: its errors become one line and an exit status, its results are printed at the end.
+
+    SIGTERM ends it like Ctrl-C: what is complete gets committed on the way out.
+    """
+    output = Output(name, as_json, quiet, debug)
+
+    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: a caller that embeds the app keeps its own handlers
+        pass
+    try:
+        yield output
+        status = output.finish()
+    except FeatureCacheError as error:
+        if debug:
+            traceback.print_exc()
+        status = output.error(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        status = output.error(
+            "Interrupted. What was complete is kept; run the same command again to go on.", INTERRUPTED
+        )
+    except (OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        status = output.error(f"{type(error).__name__}: {error}", FAILED)
+    if status:
+        raise typer.Exit(status)
+
+
+def human_bytes(count: float) -> str:
+    """`12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def typed_command() -> str:
+    """The command line as it was typed, for the record of a run."""
+    return shlex.join(["featurecache", *sys.argv[1:]])

@@ -1,0 +1,134 @@
+"""`featurecache predict` and `evaluate`: a run on new samples, from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featurecache.cli import options as opt
+from featurecache.cli.heads import flat_metrics, metric_line
+from featurecache.cli.output import Debug, Json, Output, Quiet, command
+from featurecache.cli.progress import reporter
+
+RUN = Annotated[Path, typer.Argument(help="A run of fit-head or finetune-joint.")]
+STORE = Annotated[Path | None, typer.Option(help="Keep features here: the next time only new images are computed.")]
+PREDICT_EPILOG = (
+    "Example: featurecache predict runs/xgb new.csv --out preds.csv --store cache. Single files of a two-view run: "
+    "featurecache predict runs/xgb frontal=a.png lateral=b.png --out preds.csv"
+)
+EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache"
+
+
+def new_samples(params: dict[str, Any], sources: tuple[str, ...]) -> Any:
+    """What the parameters say about the new samples."""
+    from featurecache.predict import NewSamples
+
+    views = opt.pairs("--view", params["view"])
+    names = list(views)
+    return NewSamples(
+        sources=sources,
+        store=params["store"],
+        manifest={"views": views, "id": params["id"], "root": params["root"], "allow_outside": params["allow_outside"]},
+        body={
+            "body": opt.per_view("--body", params["body"], names),
+            "weights": opt.per_view("--weights", params["weights"], names),
+            "trust_factory": tuple(params["trust_factory"] or ()),
+        },
+        device=params["device"],
+        batch_size=params["batch_size"],
+        workers=params["workers"],
+    )
+
+
+def predict(
+    ctx: typer.Context,
+    run: RUN,
+    sources: Annotated[
+        list[str], typer.Argument(metavar="MANIFEST|FILE...", help="A table or folder, or image files.")
+    ],
+    out: Annotated[Path, typer.Option(help=".csv or .parquet.")],
+    store: STORE = None,
+    view: opt.View = None,
+    id: opt.Id = None,
+    root: opt.Root = None,
+    allow_outside: opt.AllowOutside = False,
+    body: opt.BodyOption = None,
+    weights: opt.Weights = None,
+    trust_factory: opt.TrustFactory = None,
+    device: opt.DeviceOption = "auto",
+    batch_size: opt.BatchSize = "auto",
+    workers: opt.Workers = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Predict new samples with a run; head runs go through the cache, so the second time only new images cost."""
+    with command("predict", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.predict import predict as run_prediction
+
+        with reporter(quiet=quiet) as progress:
+            scored, path = run_prediction(run, new_samples(ctx.params, tuple(sources)), out, progress)
+        output.outputs = [str(path)]
+        output.failed = scored.failures
+        output.figures = {"samples": len(scored.sample_ids), "computed": scored.computed, "reused": scored.reused}
+        tell_notes(output, scored.notes)
+        output.text(f"predicted {len(scored.sample_ids):,} samples into {path}")
+        output.text(f"images    computed {scored.computed:,}, reused {scored.reused:,}")
+        output.next = f"featurecache evaluate {run} MANIFEST measures on labelled samples"
+
+
+def evaluate(
+    ctx: typer.Context,
+    run: RUN,
+    manifest: Annotated[str | None, typer.Argument(help="New labelled samples; default the run's own.")] = None,
+    store: STORE = None,
+    view: opt.View = None,
+    id: opt.Id = None,
+    root: opt.Root = None,
+    allow_outside: opt.AllowOutside = False,
+    body: opt.BodyOption = None,
+    weights: opt.Weights = None,
+    trust_factory: opt.TrustFactory = None,
+    device: opt.DeviceOption = "auto",
+    batch_size: opt.BatchSize = "auto",
+    workers: opt.Workers = "auto",
+    bootstrap: Annotated[int, typer.Option(help="Resamples of the groups per interval; 0 for none.")] = 1000,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the metrics of a run, or measure it on new labelled samples into RUN/evaluations/; its own files stay."""
+    with command("evaluate", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.run import load_run
+
+        loaded = load_run(run)
+        if manifest is None:
+            output.outputs = [str(run)]
+            output.figures = {"run": str(run), **flat_metrics(loaded.metrics)}
+            for split in ("test", "valid", "train"):
+                if split in loaded.metrics:
+                    output.text(metric_line(split, loaded.metrics[split]))
+            return
+        from featurecache.evaluate import evaluate as run_evaluation
+
+        with reporter(quiet=quiet) as progress:
+            found = run_evaluation(loaded, new_samples(ctx.params, (manifest,)), bootstrap=bootstrap, reporter=progress)
+        output.outputs = [str(found.path)]
+        output.failed = found.scored.failures
+        output.figures = {
+            "computed": found.scored.computed,
+            "reused": found.scored.reused,
+            **flat_metrics(found.metrics),
+        }
+        tell_notes(output, found.scored.notes)
+        output.text(metric_line("test", found.metrics["test"]))
+        output.text(f"written   {found.path}")
+
+
+def tell_notes(output: Output, notes: list[str]) -> None:
+    """What differs from the features that the head was fitted on."""
+    output.figures["notes"] = notes
+    for note in notes:
+        output.text(f"note      {note}")

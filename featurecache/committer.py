@@ -1,0 +1,105 @@
+"""The writer thread of stage one: takes batches of features from a bounded queue and appends them to the store."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurecache.producer import Seconds
+from featurecache.store.records import StatRecord
+from featurecache.store.store import FeatureStore
+
+WAITING = 4  # batches between device and disk
+LEARNT_EVERY = 5.0  # seconds between commits of stat records and failures
+
+
+class Committer:
+    """Appends in a thread of its own, so that the device never waits for the disk (unless the queue is full)."""
+
+    def __init__(self, store: FeatureStore, recipe_id: str, seconds: Seconds) -> None:
+        self._store, self._recipe_id, self._seconds = store, recipe_id, seconds
+        self._queue: queue.Queue[tuple[NDArray[np.uint8], Mapping[str, NDArray[np.float32]]] | None] = queue.Queue(
+            WAITING
+        )
+        self._error: BaseException | None = None
+        self.refused: dict[bytes, str] = {}
+        self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
+        self._thread.start()
+
+    def put(self, keys: NDArray[np.uint8], arrays: Mapping[str, NDArray[np.float32]]) -> None:
+        """Hand over a batch: keys (n, 32) and per tap (n, ...) features.
+
+        Raises:
+            BaseException: whatever stopped the writer; nothing given after that is stored.
+        """
+        while True:
+            self._check()
+            try:
+                self._queue.put((keys, arrays), timeout=0.5)
+                return
+            except queue.Full:
+                continue
+
+    def close(self) -> None:
+        """Commit all that was handed over and wait for it."""
+        while self._thread.is_alive():
+            try:
+                self._queue.put(None, timeout=0.5)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+        self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            with self._store.appender(self._recipe_id) as appender:
+                while (batch := self._queue.get()) is not None:
+                    start = time.perf_counter()
+                    appender.append(*batch)
+                    self._seconds.add("write", time.perf_counter() - start)
+                start = time.perf_counter()
+                appender.flush()
+                self._seconds.add("write", time.perf_counter() - start)
+                self.refused = dict(appender.refused)
+        except BaseException as error:  # handed to the thread that feeds, which raises it
+            self._error = error
+
+
+class Learnt:
+    """What a run learns beside features (stat of files, failures that will repeat), committed every few seconds."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store = store
+        self._records: list[StatRecord] = []
+        self._failures: list[tuple[str, bytes, str, str]] = []
+        self._since = time.monotonic()
+
+    def file(self, record: StatRecord) -> None:
+        """A file was read and hashed."""
+        self._records.append(record)
+        if time.monotonic() - self._since > LEARNT_EVERY:
+            self.flush()
+
+    def failure(self, recipe_id: str, key: bytes, reader_id: str, message: str) -> None:
+        """A content can't be turned into features by this recipe and reader."""
+        self._failures.append((recipe_id, key, reader_id, message))
+
+    def flush(self) -> None:
+        """Write it down."""
+        self._since = time.monotonic()
+        if self._records:
+            self._store.remember_payloads(self._records)
+            self._records = []
+        for recipe_id in {failure[0] for failure in self._failures}:
+            self._store.add_failures(recipe_id, [entry[1:] for entry in self._failures if entry[0] == recipe_id])
+        self._failures = []

@@ -1,0 +1,1 @@
+"""What comes in: manifests, targets, splits, readers, preprocessing."""

@@ -1,0 +1,301 @@
+"""FeatureDataset: a dataset of a store as rows of features and targets, in RAM where they fit, else from disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from featurecache.binding import check_fresh, rebind, short_list
+from featurecache.data.targets import Target, read_target
+from featurecache.errors import InputError, did_you_mean
+from featurecache.features import Block
+from featurecache.store.binding import Binding
+from featurecache.store.recipe import Recipe
+from featurecache.store.store import FeatureStore, RecipeInfo
+
+NO_ROW = -1
+RAM_SHARE = 0.5  # of the free memory, for features held in RAM under memory="auto"
+
+
+@dataclass(frozen=True)
+class ViewRows:
+    """Where the rows of one view lie: `rows` is (n_samples, n_ordinals) row ids, NO_ROW where there is none."""
+
+    view: str
+    info: RecipeInfo
+    taps: dict[str, tuple[int, ...]]  # name -> shape of a row
+    rows: NDArray[np.int64]
+    pending: NDArray[np.int64]  # samples with an image that is not yet extracted
+    failed: NDArray[np.int64]  # samples with an image that could not be read
+
+
+class StoreFeatures:
+    """Features of samples, (n_samples, n_features), joined across views; see `featurecache.features.Features`."""
+
+    def __init__(
+        self, store: FeatureStore, parts: Sequence[ViewRows], multi: str, memory: int | Literal["auto"] = "auto"
+    ) -> None:
+        self._store, self._parts, self._multi = store, tuple(parts), multi
+        blocks, start = [], 0
+        for part in self._parts:
+            for tap, shape in part.taps.items():
+                width = int(np.prod(shape))
+                blocks.append(Block(part.view, tap, start, start + width, shape))
+                start += width
+        self.blocks: tuple[Block, ...] = tuple(blocks)
+        self.shape: tuple[int, int] = (len(self._parts[0].rows), start)
+        self.in_ram = self.nbytes <= (RAM_SHARE * free_memory() if memory == "auto" else memory)
+        self._ram: dict[tuple[str, str], NDArray[Any]] = {}
+        self._positions: dict[str, NDArray[np.int64]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct rows, as stored."""
+        total = 0
+        for part in self._parts:
+            distinct = len(np.unique(part.rows[part.rows >= 0]))
+            itemsize = np.dtype(part.info.recipe.fields["storage_dtype"]).itemsize
+            total += distinct * itemsize * sum(int(np.prod(shape)) for shape in part.taps.values())
+        return total
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(len(rows), n_features) float32; all of a block is NaN where the sample lacks that view."""
+        rows = np.asarray(rows)
+        out = np.full((len(rows), self.shape[1]), np.nan, dtype=np.float32)
+        blocks = iter(self.blocks)
+        for part in self._parts:
+            wanted = part.rows[rows]
+            for tap in part.taps:
+                block = next(blocks)
+                self._fill(out[:, block.start : block.stop], part, tap, wanted)
+        return out
+
+    def _fill(self, out: NDArray[np.float32], part: ViewRows, tap: str, wanted: NDArray[np.int64]) -> None:
+        """One block of a batch; several images of a view are joined by mean or max over those that are there."""
+        held = wanted >= 0
+        if wanted.shape[1] == 1 or self._multi == "first":
+            some = held[:, 0]
+            out[some] = self._read(part, tap, wanted[some, 0]).reshape(int(some.sum()), -1)
+            return
+        values = np.full((*wanted.shape, out.shape[1]), np.nan, dtype=np.float32)
+        values[held] = self._read(part, tap, wanted[held]).reshape(int(held.sum()), -1)
+        some = held.any(axis=1)
+        reduce = np.nanmax if self._multi == "max" else np.nanmean
+        out[some] = reduce(values[some], axis=1)
+
+    def _read(self, part: ViewRows, tap: str, ids: NDArray[np.int64]) -> NDArray[Any]:
+        if not self.in_ram:
+            return self._store.read(part.info.id, tap, ids)
+        if (part.view, tap) not in self._ram:
+            distinct = np.unique(part.rows[part.rows >= 0])
+            self._positions[part.view] = distinct
+            self._ram[part.view, tap] = self._store.read(part.info.id, tap, distinct)
+        return self._ram[part.view, tap][np.searchsorted(self._positions[part.view], ids)]
+
+
+class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The samples of a dataset in a store: features of all views side by side, and targets from its manifest.
+
+    Args:
+        store: path of the store.
+        dataset: the dataset's name in it.
+        target: target column or columns; without it `target` is None and items have an empty target.
+        views: which views, default all.
+        tap: which taps (array names, or the module's name alone), default the only one.
+        recipe: digest or prefix of the recipe to read, per view (`*` for all), default the binding's.
+        task: what the target is, default told from its values.
+        uncertain: what a label such as `-1` means: {"-1": "ignore" | "zero" | "one"}.
+        missing: `zero` keeps samples that lack a view (their block is NaN, each head has its own way with it),
+            `drop` leaves them out, `error` refuses.
+        allow_partial: take what is there although extraction has not ended.
+        manifest: a corrected manifest whose labels are to be bound; images must be the same.
+        memory: bytes of features to hold in RAM; above it rows are mapped from disk. `auto`: half of what is free.
+
+    Attributes:
+        sample_ids: (n,) array of str.
+        features: `featurecache.features.Features`, (n, d).
+        target: `Target` of n rows, or None.
+        table: the manifest's rows of these samples.
+        recipes: the recipe of each view.
+        content: per sample the keys of its images as hex, by which leaks are found.
+        failed: ids of samples that lack a view because an image of it could not be read.
+
+    Raises:
+        InputError: names what is wrong and what there is: dataset, views, taps, columns; cells not yet extracted;
+            a manifest that has changed since.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        dataset: str,
+        target: str | Sequence[str] | None = None,
+        views: Sequence[str] | None = None,
+        tap: Sequence[str] | str | None = None,
+        recipe: Mapping[str, str] | str | None = None,
+        task: str = "auto",
+        uncertain: Mapping[str, str] | None = None,
+        missing: str = "zero",
+        allow_partial: bool = False,
+        manifest: str | Path | None = None,
+        memory: int | Literal["auto"] = "auto",
+    ) -> None:
+        if manifest is not None:
+            with FeatureStore.create_or_open(store, write=True) as writable:
+                rebind(writable, find_binding(writable, dataset), Path(manifest))
+        self.store = FeatureStore.create_or_open(store, write=False)
+        self.binding = find_binding(self.store, dataset)
+        check_fresh(self.binding)
+        self.views = choose_views(self.binding, views)
+        names = (tap,) if isinstance(tap, str) else tuple(tap or ())
+        wanted = {"*": recipe} if isinstance(recipe, str) else dict(recipe or {})
+        parts = [view_rows(self.store, self.binding, view, names, wanted) for view in self.views]
+        if not allow_partial:
+            check_extracted(self.binding, parts)
+        self.failed = sample_names(self.binding, np.concatenate([part.failed for part in parts]))
+        held = np.stack([(part.rows >= 0).any(axis=1) for part in parts], axis=1)
+        kept = choose_samples(self.binding, self.views, held, missing)
+        parts = [replace(part, rows=part.rows[kept]) for part in parts]
+        self.n_dropped = self.binding.table.height - len(kept)
+        self.table: pl.DataFrame = self.binding.table[kept]
+        self.sample_ids: NDArray[np.str_] = self.table["sample_id"].to_numpy().astype(np.str_)
+        self.present: NDArray[np.bool_] = held[kept]
+        self.features = StoreFeatures(self.store, parts, self.binding.multi, memory)
+        self.recipes: dict[str, Recipe] = {part.view: part.info.recipe for part in parts}
+        self.content = sample_content(self.binding, self.views, kept)
+        self.target: Target | None = None
+        columns = (target,) if isinstance(target, str) else tuple(target or ())
+        self.target_config = {"target": list(columns), "task": task, "uncertain": dict(uncertain or {})}
+        if columns:
+            source = self.binding.manifest_path
+            self.target = read_target(self.table, columns, task=task, uncertain=dict(uncertain or {}), source=source)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Which columns belong to which view and tap."""
+        return self.features.blocks
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features, target) of one sample: float32 (d,), and the target's values (empty without a target)."""
+        features = torch.from_numpy(self.features[np.array([index])][0])
+        target = torch.empty(0) if self.target is None else torch.as_tensor(self.target.values[index])
+        return features, target
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Several samples by one read: what a DataLoader calls for a batch."""
+        features = torch.from_numpy(self.features[np.asarray(indices, dtype=np.int64)])
+        if self.target is None:
+            return [(row, torch.empty(0)) for row in features]
+        targets = torch.as_tensor(self.target.values[indices])
+        return list(zip(features, targets, strict=True))
+
+    def numpy(self) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
+        """All features (n, d) float32, and the target's values (None without a target)."""
+        values = None if self.target is None else self.target.values
+        return self.features[np.arange(len(self))], values
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free now; 4 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
+
+
+def find_binding(store: FeatureStore, name: str) -> Binding:
+    """The dataset of that name, or an error that lists those there are."""
+    names = store.bindings()
+    if name not in names:
+        known = f"{did_you_mean(name, names)} It holds: {', '.join(names) or 'none yet'}."
+        raise InputError(f"{store.path}: no dataset {name!r} in this store.{known}")
+    return store.binding(name)
+
+
+def choose_views(binding: Binding, views: Sequence[str] | None) -> tuple[str, ...]:
+    """The views asked for, checked; all by default."""
+    known = tuple(binding.recipes)
+    for view in views or ():
+        if view not in known:
+            raise InputError(
+                f"dataset {binding.name!r} has no view {view!r}.{did_you_mean(view, known)} It has: {', '.join(known)}."
+            )
+    return tuple(views or known)
+
+
+def view_rows(
+    store: FeatureStore, binding: Binding, view: str, names: tuple[str, ...], recipes: Mapping[str, str]
+) -> ViewRows:
+    """Rows and taps of one view."""
+    wanted = recipes.get(view, recipes.get("*"))
+    info = store.recipe(wanted or binding.recipes[view])
+    shapes = {tap: tuple(kept.shape) for tap, kept in info.taps.items()}
+    if names:
+        chosen = [tap for tap in shapes if tap in names or tap.partition("@")[0] in names]
+        unknown = [name for name in names if not any(name in (tap, tap.partition("@")[0]) for tap in shapes)]
+        if unknown:
+            known = f"{did_you_mean(unknown[0], shapes)} It holds: {', '.join(shapes)}."
+            raise InputError(f"view {view!r}: recipe {info.id} has no tap {unknown[0]!r}.{known}")
+    else:
+        chosen = list(shapes)
+        if len(chosen) > 1:
+            raise InputError(
+                f"view {view!r}: recipe {info.id} holds several taps ({', '.join(chosen)}). Choose with --tap."
+            )
+    cells = store.resolve(binding, view, recipe_id=info.id)
+    pending, failed = (cells.sample[cells.state == state] for state in ("pending", "failed"))
+    taps = {tap: shapes[tap] for tap in chosen}
+    return ViewRows(view, info, taps, cells.grid(binding.table.height), pending, failed)
+
+
+def check_extracted(binding: Binding, parts: Sequence[ViewRows]) -> None:
+    """Refuse cells that are not yet extracted: an interrupted run must not be mistaken for missing views."""
+    pending = {part.view: len(part.pending) for part in parts if len(part.pending)}
+    if pending:
+        ids = sample_names(binding, np.concatenate([part.pending for part in parts]))
+        counts = ", ".join(f"{count:,} of view {view!r}" for view, count in pending.items())
+        raise InputError(
+            f"dataset {binding.name!r}: images are not yet extracted ({counts}; samples {short_list(ids)}). "
+            "Run `featurecache extract` again to complete it, or take what is there with --allow-partial."
+        )
+
+
+def sample_names(binding: Binding, rows: NDArray[np.int64]) -> list[str]:
+    """Ids of samples, each once, in the table's order."""
+    return [str(name) for name in binding.sample_ids[np.unique(rows)]]
+
+
+def choose_samples(binding: Binding, views: Sequence[str], held: NDArray[np.bool_], missing: str) -> NDArray[np.int64]:
+    """Which samples are used: those with any view, or with all of them."""
+    complete = held.all(axis=1)
+    if missing == "error" and not complete.all():
+        ids = sample_names(binding, np.flatnonzero(~complete))
+        raise InputError(
+            f"dataset {binding.name!r}: {len(ids)} samples lack one of {', '.join(views)} ({short_list(ids)}), "
+            "and --missing error refuses that. Use --missing zero or drop."
+        )
+    kept = np.flatnonzero(complete if missing == "drop" else held.any(axis=1))
+    if not len(kept):
+        raise InputError(f"dataset {binding.name!r}: no sample has features of {', '.join(views)}")
+    return kept.astype(np.int64)
+
+
+def sample_content(binding: Binding, views: Sequence[str], kept: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    """Per sample the keys of its images, as hex."""
+    cells = binding.cells.filter(pl.col("view").is_in(list(views)) & pl.col("key").is_not_null())
+    by_sample: dict[int, list[str]] = {}
+    for sample, key in cells.select("sample", "key").iter_rows():
+        by_sample.setdefault(sample, []).append(key.hex())
+    return [tuple(by_sample.get(int(sample), ())) for sample in kept]

@@ -1,0 +1,180 @@
+"""Intervals by bootstrap over groups: what the metrics would be on other patients, not on other images of these.
+
+A resample is a weight per row, how often its group was drawn, and every metric is written for a block of such weights
+at once: 1,000 resamples cost a few matrix products and one sort per class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurecache.data.targets import Target
+from featurecache.errors import InputError, did_you_mean
+from featurecache.evaluation.metrics import Threshold, metric_names
+from featurecache.evaluation.weighted import Array, Part, Table, mean_defined, weighted_parts
+
+BLOCK = 4_000_000  # weights held at a time
+ENOUGH = 0.5  # an interval needs at least this share of resamples in which the metric is defined
+
+
+def bootstrap_intervals(
+    target: Target,
+    scores: NDArray[Any],
+    groups: Sequence[Any] | NDArray[Any] | None,
+    *,
+    n: int = 1000,
+    seed: int = 0,
+    threshold: Threshold = None,
+    metrics: Sequence[str] | None = None,
+) -> dict[str, list[float]]:
+    """95 % percentile intervals of the metrics of `compute_metrics`.
+
+    Args:
+        target: aligned with `scores`.
+        scores: as in `compute_metrics`.
+        groups: per row; a resample draws whole groups, with replacement. None: every row is one.
+        n: resamples.
+        seed: the same seed gives the same intervals.
+        threshold: as in `compute_metrics`.
+        metrics: which; None is all of the task.
+
+    Returns:
+        metric -> [low, high]; a metric that is undefined in most resamples is left out.
+    """
+    found = replicates(target, scores, groups, n=n, seed=seed, threshold=threshold, metrics=metrics)
+    return {name: interval for name, values in found.items() if (interval := percentile_interval(values)) is not None}
+
+
+def label_intervals(
+    target: Target,
+    scores: NDArray[Any],
+    groups: Sequence[Any] | NDArray[Any] | None,
+    *,
+    n: int = 1000,
+    seed: int = 0,
+    threshold: Threshold = None,
+    metrics: Sequence[str] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """The same per label or regression target: name -> metric -> [low, high]."""
+    wanted = _wanted(target, metrics)
+    tables = _sample(weighted_parts(target, scores, threshold, wanted), wanted, target, groups, n, seed)
+    found = {}
+    for name, table in zip(target.names, tables, strict=True):
+        pairs = ((metric, percentile_interval(values)) for metric, values in table.items())
+        found[name] = {metric: interval for metric, interval in pairs if interval is not None}
+    return found
+
+
+def paired_differences(
+    target: Target,
+    scores_a: NDArray[Any],
+    scores_b: NDArray[Any],
+    groups: Sequence[Any] | NDArray[Any] | None,
+    *,
+    n: int = 1000,
+    seed: int = 0,
+    threshold_a: Threshold = None,
+    threshold_b: Threshold = None,
+    metrics: Sequence[str] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Differences a - b of two models on the same rows, both measured on the same resamples.
+
+    Returns:
+        metric -> `a`, `b`, `difference`, `low`, `high` (95 %); metrics undefined on the rows or in most resamples are
+        left out. The interval holds 0: no difference shown.
+    """
+    options: dict[str, Any] = {"n": n, "seed": seed, "metrics": metrics}
+    draws_a = replicates(target, scores_a, groups, threshold=threshold_a, **options)
+    draws_b = replicates(target, scores_b, groups, threshold=threshold_b, **options)
+    once_a = _observed(target, scores_a, threshold_a, metrics)
+    once_b = _observed(target, scores_b, threshold_b, metrics)
+    found = {}
+    for metric, draws in draws_a.items():
+        a, b = once_a[metric], once_b[metric]
+        interval = percentile_interval(draws - draws_b[metric])
+        if interval is not None and np.isfinite(a - b):
+            found[metric] = {"a": a, "b": b, "difference": a - b, "low": interval[0], "high": interval[1]}
+    return found
+
+
+def replicates(
+    target: Target,
+    scores: NDArray[Any],
+    groups: Sequence[Any] | NDArray[Any] | None,
+    *,
+    n: int = 1000,
+    seed: int = 0,
+    threshold: Threshold = None,
+    metrics: Sequence[str] | None = None,
+) -> dict[str, Array]:
+    """Each metric on each resample, (n,), NaN where undefined; the same seed and groups draw the same resamples."""
+    wanted = _wanted(target, metrics)
+    tables = _sample(weighted_parts(target, scores, threshold, wanted), wanted, target, groups, n, seed)
+    return {name: mean_defined([table[name] for table in tables]) for name in wanted}
+
+
+def percentile_interval(values: Array) -> list[float] | None:
+    """[2.5 %, 97.5 %] of the defined values; None where most are undefined."""
+    defined = values[~np.isnan(values)]
+    if not len(defined) or len(defined) < ENOUGH * len(values):
+        return None
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _observed(
+    target: Target, scores: NDArray[Any], threshold: Threshold, metrics: Sequence[str] | None
+) -> dict[str, float]:
+    """The metrics on the rows as they are: one resample with every weight 1."""
+    wanted = _wanted(target, metrics)
+    once = np.ones((1, int(np.count_nonzero(target.known))))
+    tables = [part(once) for part in weighted_parts(target, scores, threshold, wanted)]
+    return {name: float(mean_defined([table[name] for table in tables])[0]) for name in wanted}
+
+
+def _wanted(target: Target, metrics: Sequence[str] | None) -> tuple[str, ...]:
+    known = metric_names(target.task)
+    for name in metrics or ():
+        if name not in known:
+            raise InputError(
+                f"unknown metric {name!r} of task {target.task}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+            )
+    return known if metrics is None else tuple(metrics)
+
+
+def _sample(
+    parts: list[Part],
+    wanted: tuple[str, ...],
+    target: Target,
+    groups: Sequence[Any] | NDArray[Any] | None,
+    n: int,
+    seed: int,
+) -> list[Table]:
+    """Each metric of each part on `n` resamples of the rows with a known target."""
+    rows = np.flatnonzero(np.asarray(target.known))
+    if groups is not None and len(groups) != len(target.values):
+        raise InputError(f"{len(groups)} groups for {len(target.values)} rows")
+    codes = rows if groups is None else np.asarray(groups)[rows]
+    codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    blocks = [[part(weights) for part in parts] for weights in _weights(codes, n, seed)]
+    if not blocks:
+        return [{name: np.empty(0) for name in wanted} for _ in parts]
+    return [{name: np.concatenate([block[i][name] for block in blocks]) for name in wanted} for i in range(len(parts))]
+
+
+def _weights(codes: NDArray[np.int64], n: int, seed: int) -> Iterator[Array]:
+    """How often each row is in a resample, (up to n, n_rows), a block at a time."""
+    if not len(codes):
+        return
+    count = int(codes.max()) + 1
+    generator = np.random.default_rng(seed)
+    size = max(1, BLOCK // max(len(codes), count))
+    for start in range(0, n, size):
+        size = min(size, n - start)
+        drawn = generator.integers(0, count, size=(size, count)) + count * np.arange(size)[:, None]
+        times = np.bincount(drawn.reshape(-1), minlength=size * count).reshape(size, count)
+        yield times[:, codes].astype(np.float64)

@@ -1,0 +1,1 @@
+"""Estimators on features: one file per head, the contract and the registry in `base`."""

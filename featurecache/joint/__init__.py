@@ -1,0 +1,1 @@
+"""Bodies, fusion and head as one network, trained end to end."""

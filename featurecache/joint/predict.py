@@ -1,0 +1,180 @@
+"""A joint run on new samples: its tuned bodies and head as one network again, live on the images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featurecache.bodies.engines import resolve_device
+from featurecache.bodies.identity import identify
+from featurecache.bodies.registry import Body, load_run_body
+from featurecache.bodies.taps import resolve_taps
+from featurecache.config import Tap
+from featurecache.data.manifest import Manifest
+from featurecache.data.readers import get_reader
+from featurecache.errors import InputError, RecipeMismatchError, RunError
+from featurecache.features import Block
+from featurecache.heads.fc import FCHead
+from featurecache.heads.losses import scores_from_outputs
+from featurecache.joint.build import make_fusion, make_model
+from featurecache.joint.images import SampleImages
+from featurecache.joint.model import JointModel
+from featurecache.joint.runner import Runner, make_fabric
+from featurecache.joint.samples import failure_rows
+from featurecache.progress import Reporter, Silent
+from featurecache.run import Run
+from featurecache.viewsetup import ViewSetup
+
+
+class JointPrediction(NamedTuple):
+    """What a joint run says about samples.
+
+    Attributes:
+        sample_ids: (n,) those with an image whose images could all be read, in the manifest's order.
+        scores: (n, classes), (n, labels) probabilities, NaN where a label was not trained; regression (n, targets).
+        present: (n, n_views) bool: the views that each has.
+        failed: a row of failures.csv for each sample that could not be read.
+    """
+
+    sample_ids: NDArray[np.str_]
+    scores: NDArray[np.float64]
+    present: NDArray[np.bool_]
+    failed: list[dict[str, str]]
+
+
+class LoadedJoint(NamedTuple):
+    """A joint run as a network: `model` in eval mode on the CPU, its `head`, and what prepares each view's images."""
+
+    model: JointModel
+    head: FCHead
+    setups: dict[str, ViewSetup]
+
+
+def load_joint(run: Run, *, trust: Sequence[str] = ()) -> LoadedJoint:
+    """Build the network of a joint run.
+
+    Args:
+        run: from `load_run`, which has checked its files.
+        trust: factories that the run may name as bodies.
+
+    Raises:
+        InputError: the run is no joint one, or names a factory that is not trusted.
+        RecipeMismatchError: bodies or readers of this installation work in another way than those of the run.
+        RunError: its record is incomplete.
+    """
+    if run.kind != "joint":
+        raise InputError(f"{run.path}: a {run.kind} run, not one of finetune-joint")
+    try:
+        setups = _setups(run, trust)
+        blocks = [Block.from_json(block) for block in run.record["blocks"]]
+        fusion, multi = make_fusion(str(run.record["fusion"]), blocks), str(run.config["multi"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{run.path}: run.json is incomplete ({type(error).__name__}: {error})") from None
+    head = FCHead.load(run.path)
+    return LoadedJoint(make_model(setups, fusion, head.module, multi=multi), head, setups)
+
+
+def predict_joint(
+    run: Run,
+    manifest: Manifest,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    workers: int | Literal["auto"] = "auto",
+    trust: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> JointPrediction:
+    """Predict samples with a joint run, by a live forward pass.
+
+    Args:
+        run: a run of `finetune-joint`.
+        manifest: with the views of the run; a view that it lacks counts as missing.
+        device: `auto`, `cpu`, `cuda:0`, ...
+        precision: `auto` is the one that the run was trained in, where the device can do it.
+        batch_size: samples at a time; `auto` is 32.
+        workers: threads that read images; `auto` is one per core.
+        trust: factories that the run may name as bodies.
+        reporter: told of progress.
+
+    Raises:
+        InputError, RecipeMismatchError, RunError: as `load_joint`; also where no view of the run is in the manifest.
+    """
+    model, head, setups = load_joint(run, trust=trust)
+    if not set(setups) & set(manifest.views):
+        raise InputError(
+            f"{manifest.path}: has the views {', '.join(manifest.views)}, but the run reads {', '.join(setups)}"
+        )
+    reporter = reporter or Silent()
+    where = resolve_device(device)
+    if precision == "auto":
+        recorded = str(run.record.get("precision", "fp32"))
+        precision = "fp32" if recorded == "fp16" and where.type != "cuda" else recorded
+    fabric = make_fabric(where, precision)
+    runner = Runner(fabric, fabric.setup_module(model), {view: setup.preprocessing for view, setup in setups.items()})
+    images = SampleImages(manifest, setups)
+    wanted = np.flatnonzero(images.present.any(axis=1)).astype(np.int64)
+    reporter.begin("predict", len(wanted), "samples")
+    try:
+        rows, outputs, failed = runner.predict(
+            images,
+            wanted,
+            batch_size=32 if batch_size == "auto" else batch_size,
+            workers=(os.cpu_count() or 1) if workers == "auto" else workers,
+            advance=lambda n: reporter.advance("predict", n),
+        )
+    finally:
+        reporter.end("predict")
+    ids = manifest.table["sample_id"].to_list()
+    chosen = np.array([ids[row] for row in rows], dtype=np.str_)
+    return JointPrediction(chosen, joint_scores(head, outputs), images.present[rows], failure_rows(ids, failed))
+
+
+def joint_scores(head: FCHead, outputs: torch.Tensor) -> NDArray[np.float64]:
+    """Scores (n, outputs) from the network's logits, as `Head.scores` gives them: NaN for what could not be trained."""
+    scores = scores_from_outputs(head.task_, outputs.reshape(-1, len(head.outputs)))
+    if head.task_ in ("multilabel", "regression"):
+        scores[:, [i for i, name in enumerate(head.names_) if name in head.skipped_]] = np.nan
+    return scores
+
+
+def _setups(run: Run, trust: Sequence[str]) -> dict[str, ViewSetup]:
+    """Reader, tuned body, preprocessing and taps of each view; a body that views share is loaded once."""
+    bodies: dict[str, Body] = {}
+    setups = {}
+    for view in run.views:
+        recipe, file = run.recipes[view], str(run.bodies[view]["file"])
+        if file not in bodies:
+            bodies[file] = load_run_body(run.path, view, trust=trust)
+        body = bodies[file]
+        size = body.preprocessing.size()
+        if size is None:
+            raise RunError(f"{run.path}: the preprocessing of view {view!r} leaves images of different sizes")
+        entries = {entry["name"]: entry for entry in recipe["taps"]}
+        chosen = [entries[name] for name in run.record["tap"][view]]
+        taps = resolve_taps(body, [Tap.create({"module": e["tap"], "pool": e["pool"]}) for e in chosen], size)
+        reader = get_reader(recipe["reader"]["name"], **recipe["reader"]["parameters"])
+        weights, program = identify(body, taps, size)
+        setups[view] = ViewSetup(view, body, reader, body.preprocessing, size, taps, weights, program)
+        _check_same(run, view, recipe, setups[view])
+    return setups
+
+
+def _check_same(run: Run, view: str, recipe: Mapping[str, Any], setup: ViewSetup) -> None:
+    """Refuse code that would compute something else from the same weights."""
+    if recipe["reader"]["version"] != setup.reader.version:
+        raise RecipeMismatchError(
+            f"{run.path}: view {view!r} was trained on images of reader {setup.reader.name} version "
+            f"{recipe['reader']['version']}, this is version {setup.reader.version}"
+        )
+    for field, here in (("weights", setup.weights), ("program", setup.program)):
+        if recipe["body"][field] != here:
+            raise RecipeMismatchError(
+                f"{run.path}: the body of view {view!r} is not what it was when trained: its {field} differ "
+                f"({recipe['body'][field][:16]} then, {here[:16]} now). Use the versions of then (run.json lists them)."
+            )

@@ -1,0 +1,87 @@
+"""Runs batches of live images through a joint model on its device, by Lightning Fabric."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featurecache.data.transforms import Preprocessing
+from featurecache.errors import InputError
+from featurecache.joint.images import Batch, Failure, SampleImages
+
+PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def make_fabric(device: torch.device, precision: str) -> Any:
+    """Lightning Fabric for one device; it stays quiet.
+
+    Raises:
+        InputError: fp16 somewhere else than on a CUDA device.
+    """
+    from lightning_fabric import Fabric  # three seconds to import, and only training needs it
+
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"precision fp16 trains on CUDA devices only, not on {device.type}. Use bf16 or fp32.")
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        devices = [device.index or 0] if device.type == "cuda" else 1
+        return Fabric(accelerator=device.type, devices=devices, precision=PRECISIONS[precision])
+    finally:
+        logger.setLevel(level)
+
+
+class Runner:
+    """Runs batches of live images through a joint model on its device.
+
+    Args:
+        fabric: made by `make_fabric`; `module` has been set up by it.
+        module: the wrapped model.
+        preprocessings: per view, what normalises its images.
+    """
+
+    def __init__(self, fabric: Any, module: Any, preprocessings: Mapping[str, Preprocessing]) -> None:
+        self.fabric, self.module, self._preprocessings = fabric, module, dict(preprocessings)
+        self.device: torch.device = fabric.device
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Logits (n, outputs) of a batch; images are normalised on the device."""
+        images = {
+            view: self._preprocessings[view].normalise(image.to(self.device, non_blocking=True))
+            for view, image in batch.images.items()
+        }
+        owner = {view: rows.to(self.device) for view, rows in batch.owner.items()}
+        return self.module(images, batch.present.to(self.device), owner)  # type: ignore[no-any-return]
+
+    def predict(
+        self,
+        images: SampleImages,
+        samples: NDArray[np.int64],
+        *,
+        batch_size: int,
+        workers: int,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> tuple[NDArray[np.int64], Tensor, list[Failure]]:
+        """Logits of samples without augmentation: (samples that could be read, (n, outputs) on the CPU, failures)."""
+        self.module.eval()
+        done: list[NDArray[np.int64]] = []
+        outputs: list[Tensor] = []
+        failures: list[Failure] = []
+        plan = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        with torch.no_grad():
+            for batch in images.batches(plan, workers=workers):
+                failures += batch.failures
+                if len(batch.samples):
+                    outputs.append(self.outputs(batch).float().cpu())
+                    done.append(batch.samples)
+                advance(len(batch.samples) + len(batch.failures))
+        if not outputs:
+            return np.empty(0, dtype=np.int64), torch.empty(0, 0), failures
+        return np.concatenate(done), torch.cat(outputs), failures

@@ -1,0 +1,245 @@
+"""What joint training starts from: manifest, views, bodies, target as configured, or as a fitted head has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from featurecache.bodies.registry import FACTORY, trusted_factories
+from featurecache.config import (
+    BodyConfig,
+    ExtractConfig,
+    JointConfig,
+    ManifestConfig,
+    Settings,
+    Tap,
+    TargetConfig,
+    for_view,
+)
+from featurecache.data.manifest import Manifest, read_manifest
+from featurecache.data.splits import read_splits
+from featurecache.data.targets import Target, read_target
+from featurecache.errors import InputError, RecipeMismatchError, RunError
+from featurecache.features import Block
+from featurecache.heads.base import read_record as read_head_record
+from featurecache.heads.fc import FCHead
+from featurecache.run import Run, load_run
+from featurecache.viewsetup import ViewSetup, set_up_view
+
+NO_STORE = Path("-")  # set_up_view takes the configuration of stage one, whose store is of no concern here
+SAME_FIELDS = ("reader", "preprocessing", "body")  # of a recipe; engine, precision and storage may differ
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that training needs but the images.
+
+    Attributes:
+        config: as given, completed from the run it starts from.
+        manifest, target: of all samples; `target` is aligned with `manifest.table`.
+        setups: reader, body, preprocessing and taps per view, in the model's order.
+        blocks: the columns of the concatenated features.
+        head: the fitted head that it starts from, or None.
+        splits: (n,) the split of the run that it starts from, or None where a new one is to be made.
+        seed: of random weights.
+    """
+
+    config: JointConfig
+    manifest: Manifest
+    target: Target
+    setups: dict[str, ViewSetup]
+    blocks: tuple[Block, ...]
+    head: FCHead | None
+    splits: NDArray[Any] | None
+    seed: int
+
+    @property
+    def tap(self) -> dict[str, list[str]]:
+        """Tap names per view."""
+        return {view: [tap.name for tap in setup.taps] for view, setup in self.setups.items()}
+
+
+def prepare(config: JointConfig) -> Start:
+    """Read and check everything but images.
+
+    Raises:
+        InputError: the manifest or configuration is not valid, or the run to start from does not fit.
+        RunError: that run is damaged.
+    """
+    run, head, taps = None, None, {}
+    if config.init is not None:
+        run = load_run(config.init)
+        head = _fitted_head(run)
+        config = _completed(config, run)
+        taps = _taps(run, head)
+    if not config.target:
+        raise InputError("no target: give --target COLUMN, or --init RUN to take it from a fitted fc head")
+    manifest = read_manifest(config)
+    recorded = run.record["body_config"].get("seed") if run is not None else None
+    seed = config.seed if recorded is None else int(recorded)
+    setups = set_up(config, manifest.views, taps=taps, seed=seed)
+    if run is not None:
+        for view, setup in setups.items():
+            _check_recipe(run, view, setup)
+    target = read_target(
+        manifest.table, config.target, task=config.task, uncertain=config.uncertain, source=str(manifest.path)
+    )
+    blocks = make_blocks(setups)
+    splits = None
+    if run is not None and head is not None:
+        if (head.task_, head.classes_, head.names_) != (target.task, tuple(target.classes), tuple(target.names)):
+            raise InputError(
+                f"{config.init}: the head was fitted for {head.task_} {', '.join(head.names_)} "
+                f"({', '.join(head.classes_) or 'no classes'}); {manifest.path.name} holds {target.task} "
+                f"{', '.join(target.names)} ({', '.join(target.classes) or 'no classes'})"
+            )
+        if head.blocks_ != blocks:
+            raise RecipeMismatchError(f"{config.init}: the head takes other features than the bodies give: {blocks}")
+        if config.split == "auto":
+            splits = _splits_of(run, manifest)
+    return Start(config, manifest, target, setups, blocks, head, splits, seed)
+
+
+def set_up(
+    config: JointConfig, views: tuple[str, ...], *, taps: Mapping[str, tuple[Tap, ...]], seed: int
+) -> dict[str, ViewSetup]:
+    """Load the bodies, one for each view, or one for all; `seed` is that of random weights.
+
+    Raises:
+        InputError: the views can't share a body.
+    """
+    fields = {name: getattr(config, name) for name in (*BodyConfig.model_fields, *ManifestConfig.model_fields)}
+    stage = ExtractConfig(store=NO_STORE, seed=seed, tap=dict(taps) or {"*": (Tap(),)}, **fields)
+    shared: dict[tuple[Any, ...], Any] = {}
+    setups = {view: set_up_view(stage, view, bodies=shared if config.share_bodies else None) for view in views}
+    if config.share_bodies:
+        first = setups[views[0]]
+        for view, setup in setups.items():
+            if setup.body is not first.body or [tap.name for tap in setup.taps] != [tap.name for tap in first.taps]:
+                raise InputError(
+                    f"--share-bodies: view {view!r} has another body, weights or tap than view {views[0]!r}. "
+                    "Give both the same, or leave --share-bodies out."
+                )
+    return setups
+
+
+def make_blocks(setups: Mapping[str, ViewSetup]) -> tuple[Block, ...]:
+    """The columns that the taps of the views fill, side by side."""
+    blocks: list[Block] = []
+    for view, setup in setups.items():
+        for tap in setup.taps:
+            start = blocks[-1].stop if blocks else 0
+            blocks.append(Block(view, tap.name, start, start + int(np.prod(tap.shape)), tuple(tap.shape)))
+    return tuple(blocks)
+
+
+def _fitted_head(run: Run) -> FCHead:
+    if run.kind != "head" or read_head_record(run.path).head != "fc":
+        what = "a joint run" if run.kind == "joint" else f"a head {read_head_record(run.path).head!r}"
+        raise InputError(
+            f"{run.path}: --init needs a run of fit-head --head fc, this is {what}. Joint training goes on from fc "
+            "heads only: their weights become the last layers of the network."
+        )
+    return FCHead.load(run.path)
+
+
+def _given(config: Settings, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that differ from their defaults, so were asked for."""
+    return {name: value for name, field in fields.items() if (value := getattr(config, name)) != field.get_default()}
+
+
+def _completed(config: JointConfig, run: Run) -> JointConfig:
+    """The configuration with what the run knows where nothing else was asked for."""
+    values: dict[str, Any] = {}
+    parts: dict[str, type[Settings]] = {
+        "body_config": BodyConfig,
+        "manifest_config": ManifestConfig,
+        "target_config": TargetConfig,
+    }
+    for name, part in parts.items():
+        recorded = run.record.get(name)
+        if not isinstance(recorded, dict):
+            raise RunError(f"{run.path}: run.json holds no {name}, so the bodies can't be set up as the head knew them")
+        given = _given(config, {key: JointConfig.model_fields[key] for key in part.model_fields if key != "manifest"})
+        known = {key: value for key, value in recorded.items() if key in part.model_fields and key != "manifest"}
+        values |= known | given
+    if not _given(config, {"views": JointConfig.model_fields["views"]}):
+        kept = {view: column for view, column in values["views"].items() if view in run.views}
+        values["views"] = kept or values["views"]
+    for key in ("body", "trust_factory"):  # a name that only data holds is never imported
+        values.setdefault(key, getattr(config, key))
+    values["trust_factory"] = tuple(config.trust_factory)
+    merged = JointConfig.create({**config.model_dump(), **values}, source=str(run.path))
+    typed = set(config.body.values()) if config.body != JointConfig.model_fields["body"].get_default() else set()
+    for view in run.views:
+        name = for_view(merged.body, view, "")
+        if FACTORY.fullmatch(name) and name not in typed | trusted_factories(config.trust_factory):
+            raise InputError(
+                f"{run.path}: names the factory {name!r} as its body. Nothing was imported. If you know and trust that "
+                f"code, repeat its name: --trust-factory {name}"
+            )
+    missing = [view for view in run.views if merged.views and view not in merged.views]
+    if missing or (merged.views and set(merged.views) != set(run.views)):
+        raise InputError(
+            f"{run.path}: the head was fitted on the views {', '.join(run.views)}, not on {', '.join(merged.views)}"
+        )
+    if merged.views:
+        merged = merged.model_copy(update={"views": {view: merged.views[view] for view in run.views}})
+    if merged.fusion != "concat":
+        raise InputError(
+            f"{run.path}: the head takes concatenated features, so --fusion {merged.fusion} can't start from it"
+        )
+    return merged
+
+
+def _taps(run: Run, head: FCHead) -> dict[str, tuple[Tap, ...]]:
+    """Per view the taps that the head takes, in its order."""
+    found: dict[str, list[Tap]] = {}
+    for block in head.blocks_:
+        entries = {entry["name"]: entry for entry in run.recipes.get(block.view, {}).get("taps", [])}
+        if block.tap not in entries:
+            raise RunError(f"{run.path}: run.json has no recipe of tap {block.tap!r} of view {block.view!r}")
+        entry = entries[block.tap]
+        found.setdefault(block.view, []).append(Tap.create({"module": entry["tap"], "pool": entry["pool"]}))
+    return {view: tuple(taps) for view, taps in found.items()}
+
+
+def _splits_of(run: Run, manifest: Manifest) -> NDArray[Any]:
+    """The run's split of the manifest's samples; those that it does not know are not used ('').
+
+    Raises:
+        InputError: it knows none of them.
+    """
+    path = run.path / "splits.csv"
+    listed = pl.read_csv(path, infer_schema=False)["sample_id"].to_list()
+    known = dict(zip(listed, read_splits(path, listed).tolist(), strict=True))
+    ids = manifest.table["sample_id"].to_list()
+    if not known.keys() & set(ids):
+        raise InputError(
+            f"{path}: none of its samples ({listed[0]!r}, ...) is in {manifest.path} ({ids[0]!r}, ...). "
+            "Give the manifest that the head was fitted on, or --split COLUMN."
+        )
+    return np.array([known.get(name, "") for name in ids], dtype="<U5")
+
+
+def _check_recipe(run: Run, view: str, setup: ViewSetup) -> None:
+    """Refuse a body that would give other features than those that the head was fitted on."""
+    recorded = run.recipes[view]
+    here = setup.recipe(engine="torch", precision="fp32", storage_dtype="float32").to_json()
+    differing = [
+        f"{field}.{key}: {(recorded.get(field) or {}).get(key)!r} then, {here[field].get(key)!r} now"
+        for field in SAME_FIELDS
+        for key in sorted({*(recorded.get(field) or {}), *here[field]})
+        if (recorded.get(field) or {}).get(key) != here[field].get(key)
+    ]
+    if differing:
+        raise RecipeMismatchError(
+            f"{run.path}: view {view!r} would start from another body than the head was fitted on: "
+            f"{'; '.join(differing)}. Give the same body, weights and preprocessing, or fit the head anew."
+        )

@@ -1,0 +1,88 @@
+"""From the cells of a manifest to their keys: payloads are hashed, or recognised as unchanged by their stat."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from featurecache.data.readers.base import ReadFailure
+from featurecache.store.recipe import content_key
+from featurecache.store.records import StatRecord
+from featurecache.store.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell to read: `index` is its row in the manifest's cells."""
+
+    index: int
+    kind: str
+    value: str
+    location: str
+    selector: str
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A cell's bytes, their SHA-256 and key, and for a file the stat of the very handle that was read."""
+
+    data: bytes
+    key: bytes
+    record: StatRecord | None
+
+
+def present_cells(cells: pl.DataFrame, view: str | None = None) -> list[Cell]:
+    """The cells that hold something, of one view or all."""
+    held = cells.with_row_index("index").filter(pl.col("value").is_not_null())
+    if view is not None:
+        held = held.filter(pl.col("view") == view)
+    rows = held.select("index", "kind", "value", pl.col("location").fill_null(""), "selector").iter_rows()
+    return [Cell(*row) for row in rows]
+
+
+def read_payload(cell: Cell) -> Payload | ReadFailure:
+    """Read and hash one cell. I/O errors are values, and not deterministic: they are tried again on every run."""
+    if cell.kind == "text":
+        data = cell.value.encode()
+        return Payload(data, content_key("text", cell.selector, hashlib.sha256(data).digest()), None)
+    try:
+        with open(cell.location, "rb") as handle:
+            status = os.fstat(handle.fileno())
+            now = time.time_ns()
+            data = handle.read()
+    except OSError as error:
+        return ReadFailure(type(error).__name__, error.strerror or str(error), False)
+    except MemoryError:
+        return ReadFailure("MemoryError", "out of memory", False)
+    digest = hashlib.sha256(data).digest()
+    # A file that grew or shrank while it was read is keyed by the bytes that were read, and its stat says nothing.
+    record = StatRecord.of(cell.location, status, now, digest) if len(data) == status.st_size else None
+    return Payload(data, content_key(cell.kind, cell.selector, digest), record)
+
+
+def unchanged(cells: Sequence[Cell], store: FeatureStore) -> dict[int, bytes]:
+    """Keys of the cells whose file has the very stat that it had when it was hashed: {cell index: key}.
+
+    A file that is missing, changed, or was hashed too soon after its last change is left out, and must be read.
+    """
+    files = [cell for cell in cells if cell.kind == "file"]
+    records = store.payloads(list({cell.location for cell in files}))
+    digests = {location: record.sha256 for location, record in records.items() if _holds(record)}
+    keys: dict[int, bytes] = {}
+    for cell in files:
+        digest = digests.get(cell.location)
+        if digest is not None:
+            keys[cell.index] = content_key(cell.kind, cell.selector, digest)
+    return keys
+
+
+def _holds(record: StatRecord) -> bool:
+    try:
+        return record.matches(os.stat(record.path))
+    except OSError:
+        return False

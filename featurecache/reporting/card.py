@@ -1,0 +1,109 @@
+"""README.md of a run: a model card, honest about what only a person can fill in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featurecache.reporting.wording import interval, metric_name, number, sentence, tap_text
+
+MISSING = "More information needed"
+_BESIDE = ("n", "n_groups", "events", "labels", "class_counts", "intervals")
+
+
+def write_card(directory: str | Path, record: Mapping[str, Any]) -> Path:
+    """Write README.md into a run directory from its metrics.json and record (run.json)."""
+    directory = Path(directory)
+    metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+    path = directory / "README.md"
+    path.write_text(_card(directory.name.removesuffix(".tmp"), record, metrics), encoding="utf-8")
+    return path
+
+
+def escape(text: Any) -> str:
+    """Text that Markdown shows as it is: names come from the user's table."""
+    flat = re.sub(r"\s+", " ", str(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", flat)
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *[list(map(str, r)) for r in rows]]]
+    return "\n".join(lines)
+
+
+def _card(title: str, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    splits = [name for name in ("test", "valid", "train") if name in metrics]
+    names = dict.fromkeys(
+        name
+        for split in splits
+        for name, value in metrics[split].items()
+        if name not in _BESIDE and isinstance(value, int | float | None)
+    )
+    rows = [["samples", *[number(metrics[split]["n"]) for split in splits]]]
+    rows.append(["groups", *[number(metrics[split]["n_groups"]) for split in splits]])
+    for name in names:
+        cells = []
+        for split in splits:
+            bounds = interval((metrics[split].get("intervals") or {}).get(name))
+            cells.append(number(metrics[split].get(name)) + (f" ({bounds})" if bounds else ""))
+        rows.append([metric_name(name), *cells])
+    bootstrap = metrics["bootstrap"]
+    threshold = record.get("threshold") or {}
+    decided = "none (not a yes-or-no question)"
+    if (value := threshold.get("value")) is not None:
+        shown = "one per label, see run.json" if isinstance(value, Mapping) else number(value)
+        decided = f"{shown} (rule {escape(threshold['rule'])}, chosen on {escape(threshold['chosen_on'])})"
+    views = []
+    for view, recipe in record["recipes"].items():
+        body = recipe.get("body")
+        shown = body.get("architecture", "") if isinstance(body, Mapping) else body
+        taps = ", ".join(tap_text(tap) for tap in recipe.get("taps") or ())
+        views.append([escape(view), escape(shown or ""), escape(taps), f"`{str(recipe.get('digest', ''))[:16]}`"])
+    split = splits[0] if splits else ""
+    about = "\n".join(
+        f"- **{name}**: {MISSING}"
+        for name in ("Intended use", "Users", "Out of scope", "Data source, place and dates", "Reference standard",
+                     "External test", "Known limitations", "Licence", "Contact")
+    )  # fmt: skip
+    classes = ", ".join(map(escape, record["classes"])) or "none"
+    command = (f"```sh\n{record['command']}\n```" if record.get("command") else "Made from Python.") + "\n"
+    unit = (
+        f"95 % intervals: bootstrap over {bootstrap['unit']}s, {bootstrap['n']:,} resamples, seed {bootstrap['seed']}."
+    )
+    return f"""---
+library_name: featurecache
+tags: [image-features, {record["task"]}]
+---
+
+# {escape(title)}
+
+{escape(sentence(record, metrics, split))}
+
+## Figures
+
+{_table(["", *splits], rows)}
+
+{unit if bootstrap["n"] else "No intervals were computed."}
+
+- Targets: {", ".join(map(escape, record["targets"]))}
+- Classes: {classes}
+- Decision threshold: {decided}
+
+Per-sample predictions are in `predictions.csv`, the split in `splits.csv`, curves in `report.html`.
+
+## Views
+
+{_table(["view", "body", "tap", "recipe"], views)}
+
+## Made with
+
+featurecache {escape(record.get("featurecache", ""))}, {escape(record.get("created", ""))}
+
+{command}
+## What only a person can state
+
+{about}
+"""

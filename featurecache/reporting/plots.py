@@ -1,0 +1,306 @@
+"""Figures of a report as inline SVG: drawn without pyplot, the same bytes every time, coloured by the page."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.patches
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+from featurecache.predictions import Predictions
+
+# Drawn in these, then replaced by CSS variables of the page, so that one figure serves light, dark and paper.
+INK, GRID, FAINT = "#010203", "#010204", "#010205"
+SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
+_VARIABLES = {INK: "var(--ink-2)", GRID: "var(--line)", FAINT: "var(--ink-3)"} | {
+    color: f"var(--s{number})" for number, color in enumerate(SERIES, start=1)
+}
+_RC: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "featurecache", "text.parse_math": False, "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"], "font.size": 10.5, "axes.edgecolor": GRID, "axes.labelcolor": INK,
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "xtick.color": GRID, "ytick.color": GRID,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.8, "axes.axisbelow": True, "lines.linewidth": 1.8, "path.simplify": True,
+    "axes.unicode_minus": True, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}  # fmt: skip
+MOST_POINTS = 1000  # of a scatter plot; more make the page heavy and show no more
+MOST_CURVES = len(SERIES)
+BINS = 15  # of the reliability diagram: those of the calibration error in metrics.json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a legend: colour number from 1 (0: faint), whether dashed, label, its figure as text."""
+
+    series: int
+    label: str
+    value: str = ""
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure for the page; `svg` is safe to insert as it is, everything else is plain text."""
+
+    title: str
+    svg: str
+    note: str = ""
+    legend: tuple[Entry, ...] = field(default=())
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with warnings.catch_warnings(), mpl.rc_context(_RC):
+        # Class names may be in any script: the browser draws them, matplotlib only lacks their widths.
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        yield
+
+
+def _axes(width: float = 4.6, height: float = 3.7) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def to_svg(figure: Figure, alt: str, name: str) -> str:
+    """The figure as an `<svg>` element.
+
+    Args:
+        figure: drawn in the colours of this module.
+        alt: what it shows, for those who don't see it.
+        name: makes the ids unique in a page.
+    """
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    text = re.sub(r"(font: [^;\"]*?)'DejaVu Sans'(, sans-serif)?", r"\1var(--font)", text)
+    text = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    width, height = figure.get_size_inches() * 72
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{html.escape(alt)}"'
+    return re.sub(r"^<svg[^>]*>", f'{head} xmlns:xlink="http://www.w3.org/1999/xlink">', text).strip()
+
+
+def _thin(*arrays: NDArray[Any], most: int = 300) -> tuple[NDArray[Any], ...]:
+    """Evenly chosen points of a curve, first and last among them."""
+    n = len(arrays[0])
+    keep = np.arange(n) if n <= most else np.unique(np.linspace(0, n - 1, most).round().astype(int))
+    return tuple(array[keep] for array in arrays)
+
+
+def _line(axes: Axes, x: NDArray[Any], y: NDArray[Any], number: int, **style: Any) -> None:
+    dashes: Any = "-" if number < 4 else (0, (4, 1.5))
+    axes.plot(x, y, color=SERIES[number], linestyle=dashes, **style)
+
+
+def _unit(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel=x, ylabel=y)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_yticks(np.linspace(0, 1, 6))
+
+
+def _curve_plot(predictions: Predictions, split: str, *, roc: bool) -> Plot | None:
+    curves = []
+    for label, positive, score in predictions.curves():
+        if roc:
+            x, y, _ = roc_curve(positive, score)
+            value = float(roc_auc_score(positive, score))
+        else:
+            y, x, _ = precision_recall_curve(positive, score)
+            value = float(average_precision_score(positive, score))
+        curves.append((label, x, y, value, float(positive.mean())))
+    if not curves:
+        return None
+    name, short = ("ROC curve", "AUROC") if roc else ("Precision-recall curve", "AP")
+    crowded = len(curves) > MOST_CURVES
+    if crowded:  # the best and worst four carry colour and name, the others stay visible as context
+        order = sorted(range(len(curves)), key=lambda index: -curves[index][3])
+        shown = order[: MOST_CURVES // 2] + order[-(MOST_CURVES // 2) :]
+    else:
+        shown = list(range(len(curves)))
+    legend = []
+    figure, axes = _axes()
+    style = "steps-post" if not roc else "default"
+    if roc:
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+    elif len(curves) == 1:
+        axes.axhline(curves[0][4], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+        legend.append(Entry(0, "chance (prevalence)", f"{curves[0][4]:.3f}", dashed=True))
+    for index, (_, x, y, _, _) in enumerate(curves):
+        if index not in shown:
+            x, y = _thin(x, y, most=80)
+            axes.plot(x, y, color=GRID, linewidth=0.7, drawstyle=style)
+    for number, index in enumerate(shown):
+        label, x, y, value, _ = curves[index]
+        label = f"{predictions.names[0]} = {label}" if predictions.task == "binary" else label
+        x, y = _thin(x, y)
+        _line(axes, x, y, number, drawstyle=style)
+        legend.insert(number, Entry(number + 1, label, f"{short} {value:.3f}", dashed=number >= 4))
+    _unit(axes, *(("1 - specificity", "sensitivity") if roc else ("recall (sensitivity)", "precision (PPV)")))
+    alt = f"{name} on {split} samples: " + ", ".join(f"{entry.label} {entry.value}" for entry in legend[:8])
+    note = "Each class against the rest." if len(predictions.classes) > 2 else ""
+    if crowded:
+        note = f"{note} The four best and the four worst of {len(curves)}; the others in grey.".strip()
+    return Plot(name, to_svg(figure, alt, "roc" if roc else "pr"), note, tuple(legend))
+
+
+def roc_plot(predictions: Predictions, split: str) -> Plot | None:
+    """ROC curves of one split (`predictions` holds its samples alone); None where no question has both answers."""
+    with _style():
+        return _curve_plot(predictions, split, roc=True)
+
+
+def pr_plot(predictions: Predictions, split: str) -> Plot | None:
+    """Precision-recall curves of one split; None where no question has both answers."""
+    with _style():
+        return _curve_plot(predictions, split, roc=False)
+
+
+def calibration_plot(predictions: Predictions, split: str, *, bins: int = BINS) -> Plot | None:
+    """Reliability diagram over a histogram of the probabilities.
+
+    Binary: of the positive class. Multiclass: of the predicted class against its being right. Multilabel: all labels.
+    """
+    if predictions.task == "regression" or not len(predictions.sample_ids):
+        return None
+    if predictions.task == "multiclass":
+        chosen = predictions.scores.argmax(axis=1)
+        probability, right = predictions.scores.max(axis=1), chosen == predictions.true
+        what, note = "predicted class correct", "Probability of the predicted class against how often it is right."
+    else:
+        score, true = (
+            (predictions.scores[:, 1], predictions.true.astype(float))
+            if predictions.task == "binary"
+            else (predictions.scores.ravel(), predictions.true.ravel())
+        )
+        known = np.isfinite(score) & np.isfinite(true)
+        probability, right = score[known], true[known] > 0.5
+        what = "observed frequency"
+        note = "All labels together." if predictions.task == "multilabel" else ""
+    if not len(probability):
+        return None
+    which = np.clip((probability * bins).astype(int), 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    used = np.flatnonzero(count)
+    mean = np.bincount(which, probability, minlength=bins)[used] / count[used]
+    rate = np.bincount(which, right, minlength=bins)[used] / count[used]
+    error = float((count[used] * np.abs(mean - rate)).sum() / count.sum())
+    with _style():
+        figure = Figure(figsize=(4.6, 3.7), layout="constrained")
+        grid = figure.add_gridspec(2, 1, height_ratios=(3.4, 1))
+        axes, below = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.plot(mean, rate, color=SERIES[0], linewidth=1, alpha=0.6)
+        axes.scatter(mean, rate, s=10 + 70 * count[used] / count.max(), color=SERIES[0], linewidths=0, zorder=3)
+        _unit(axes, "", what)
+        axes.tick_params(labelbottom=False)
+        below.bar((np.arange(bins) + 0.5) / bins, count, width=0.92 / bins, color=SERIES[0], alpha=0.55)
+        below.set(xlim=(-0.01, 1.01), xlabel="predicted probability", ylabel="samples")
+        below.set_xticks(np.linspace(0, 1, 6))
+        below.locator_params(axis="y", nbins=2)
+        alt = f"Reliability diagram on {split} samples: mean gap between probability and frequency {error:.3f}"
+        svg = to_svg(figure, alt, "calibration")
+    note = f"{note} Mean gap over {bins} equal bins {error:.3f}; below, how many samples."
+    return Plot("Calibration", svg, note.strip())
+
+
+def learning_plots(columns: dict[str, NDArray[np.float64]]) -> list[Plot]:
+    """Learning curves: losses in one figure, other figures between 0 and 1 in a second.
+
+    Args:
+        columns: numeric columns of history.csv; the x axis is `epoch`, `round` or `iteration`, else the row number.
+    """
+    axis = next((name for name in ("epoch", "round", "iteration", "step") if name in columns), "")
+    n = max((len(values) for values in columns.values()), default=0)
+    if n < 2:
+        return []
+    x = columns[axis] if axis else np.arange(1.0, n + 1)
+    names = [name for name in columns if name != axis and np.isfinite(columns[name]).sum() > 1]
+    losses = [name for name in names if re.search(r"loss|error|rmse|deviance|mae", name)]
+    rest = [name for name in names if name not in losses and not re.search(r"lr|time|seconds|rate$|phase|norm", name)]
+    bounded = [name for name in rest if np.nanmin(columns[name]) >= -1 and np.nanmax(columns[name]) <= 1]
+    plots: list[Plot] = []
+    with _style():
+        for title, chosen in (("Learning curve", losses[:8]), ("Validation while training", bounded[:8])):
+            if not chosen:
+                continue
+            figure, axes = _axes()
+            legend = []
+            for number, name in enumerate(chosen):
+                _line(axes, x, columns[name], number, marker="o" if n < 12 else "", markersize=3)
+                last = columns[name][np.isfinite(columns[name])][-1]
+                legend.append(Entry(number + 1, name.replace("_", " "), f"{last:.3g} at the end", dashed=number >= 4))
+            axes.set(xlabel=axis or "row", ylabel="loss" if title == "Learning curve" else "")
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(nbins=8, integer=True))
+            alt = f"{title} over {n} rows of the history: " + ", ".join(f"{e.label} {e.value}" for e in legend)
+            plots.append(Plot(title, to_svg(figure, alt, "learning" + str(len(plots))), "", tuple(legend)))
+    return plots
+
+
+def confusion_plot(matrix: NDArray[np.int64], split: str) -> Plot:
+    """Heat map of a confusion matrix with too many classes for a table: a row per true class, its shares as colour."""
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    n = len(matrix)
+    with _style():
+        figure, axes = _axes(4.6, 4.2)
+        for row, column in zip(*np.nonzero(share), strict=True):
+            box = ((column + 0.5, row + 0.5), 1, 1)  # classes are counted from one
+            axes.add_patch(mpl.patches.Rectangle(*box, color=SERIES[0], alpha=float(share[row, column]), linewidth=0))
+        axes.set(xlim=(0.5, n + 0.5), ylim=(n + 0.5, 0.5), xlabel="predicted class", ylabel="true class", aspect=1)
+        axes.grid(visible=False)
+        right = np.trace(matrix) / max(int(matrix.sum()), 1)
+        alt = f"Confusion matrix of {n} classes on {split} samples; {right:.1%} on the diagonal"
+        svg = to_svg(figure, alt, "confusion")
+    return Plot("Confusion matrix", svg, "Shares of each true class, in the order of the table.")
+
+
+def regression_plots(predictions: Predictions, split: str, *, most: int = 6) -> list[Plot]:
+    """For each target (the first `most`): predicted against true values, and residuals against predictions."""
+    plots = []
+    for column, name in enumerate(predictions.names[:most]):
+        true, value = predictions.true[:, column], predictions.scores[:, column]
+        known = np.flatnonzero(np.isfinite(true) & np.isfinite(value))
+        if not len(known):
+            continue
+        note = ""
+        if len(known) > MOST_POINTS:
+            note = f"{MOST_POINTS:,} of {len(known):,} samples, drawn at random."
+            known = np.sort(np.random.default_rng(0).choice(known, MOST_POINTS, replace=False))
+        true, value = true[known], value[known]
+        dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 3, "markeredgewidth": 0, "alpha": 0.6}
+        with _style():
+            figure, axes = _axes()
+            ends = [float(min(true.min(), value.min())), float(max(true.max(), value.max()))]
+            axes.plot(ends, ends, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.plot(true, value, color=SERIES[0], **dots)
+            axes.set(xlabel=f"true {name}", ylabel=f"predicted {name}")
+            alt = f"Predicted against true {name} for {len(true)} {split} samples"
+            plots.append(Plot(f"Predicted and true: {name}", to_svg(figure, alt, f"scatter{column}"), note))
+            figure, axes = _axes()
+            axes.axhline(0, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.plot(value, value - true, color=SERIES[1], **dots)
+            axes.set(xlabel=f"predicted {name}", ylabel="predicted \N{MINUS SIGN} true")
+            spread = float(np.std(value - true))
+            alt = f"Residuals of {name} for {len(true)} {split} samples, standard deviation {spread:.3g}"
+            note = f"Standard deviation {spread:.3g}. {note}".strip()
+            plots.append(Plot(f"Residuals: {name}", to_svg(figure, alt, f"residuals{column}"), note))
+    return plots
+
+
+def series(values: Sequence[Any]) -> NDArray[np.float64]:
+    """A column of history.csv as float64; what is no number becomes NaN."""
+    return np.array([float(v) if isinstance(v, int | float) else float("nan") for v in values], dtype=np.float64)

@@ -1,0 +1,111 @@
+"""Words and number formats that the report and the model card share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = {
+    "n": "samples",
+    "events": "positive",
+    "roc_auc": "AUROC",
+    "average_precision": "average precision",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "f1": "F1",
+    "f1_macro": "F1, mean of classes",
+    "mcc": "Matthews correlation",
+    "ece": "calibration error",
+    "balanced_accuracy": "balanced accuracy",
+    "ppv": "PPV (precision)",
+    "npv": "NPV",
+    "r2": "R\N{SUPERSCRIPT TWO}",
+    "rmse": "RMSE",
+    "mae": "mean absolute error",
+}
+SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}
+HEADLINE = {
+    "binary": ("roc_auc", "average_precision", "sensitivity", "specificity", "accuracy"),
+    "multiclass": ("accuracy", "balanced_accuracy", "roc_auc", "f1_macro"),
+    "multilabel": ("roc_auc", "average_precision", "f1_macro", "brier"),
+    "regression": ("r2", "rmse", "mae"),
+}
+
+
+RULES = {
+    "youden": "Youden's J, the highest sensitivity + specificity",
+    "default": "one half, since validation shows one side only",
+}
+_HEADS = {"fc": "FC", "logistic": "Logistic", "xgboost": "XGBoost"}
+
+
+def input_text(steps: Mapping[str, Any], channels: Any) -> str:
+    """What a body gets to see, from the preprocessing of a recipe: `256 -> 224 px, 3 channels`, with a true arrow."""
+    resize, crop, mode = steps.get("resize"), steps.get("crop"), steps.get("resize_mode")
+    if mode in ("squash", "pad"):
+        size = f"{'squashed' if mode == 'squash' else 'padded'} to {crop or resize} px" if crop or resize else ""
+    else:
+        size = " \N{RIGHTWARDS ARROW} ".join(str(step) for step in (resize, crop) if step)
+        size = f"{size} px" if size else ""
+    return ", ".join(part for part in (size, f"{channels} channel{'' if channels == 1 else 's'}") if part)
+
+
+def metric_name(name: str) -> str:
+    """`roc_auc` -> `AUROC`; unknown ones with spaces for underscores."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def number(value: Any) -> str:
+    """Counts with separators, others with three decimals or significant digits; a dash for nothing."""
+    if value is None:
+        return "\N{EN DASH}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 10 or value == 0 else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """`0.123` -> `12.3 %`; whole numbers without a decimal."""
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def interval(values: Any) -> str:
+    """`0.912-0.957` with a true dash, in words where a minus stands beside it; nothing for no interval."""
+    if not values or None in values:
+        return ""
+    low, high = values
+    return f"{number(low)}{' to ' if low < 0 else chr(0x2013)}{number(high)}"
+
+
+def tap_text(tap: Any) -> str:
+    """A tap of a recipe as the user would write it."""
+    if not isinstance(tap, Mapping):
+        return str(tap)
+    return str(tap.get("name") or tap.get("tap") or tap.get("module") or "")
+
+
+def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> str:
+    """What the run is, in one sentence with its first figure."""
+    head = record.get("head") or {}
+    name = head.get("name", "") if isinstance(head, Mapping) else str(head)
+    kind = (
+        "Jointly fine-tuned network"
+        if record["kind"] == "joint"
+        else f"{_HEADS.get(name, name) or 'Fitted'} head on cached features"
+    )
+    targets = list(record["targets"])
+    what = targets[0] if len(targets) == 1 else f"{len(targets)} targets"
+    views = list(record["views"])
+    seen = "one view" if len(views) == 1 else f"{len(views)} views"
+    task = "regression" if record["task"] == "regression" else f"{record['task']} prediction"
+    text = f"{kind}: {task} of {what} from {seen} ({', '.join(views)})"
+    figures = metrics.get(split) or {}
+    first = next((key for key in HEADLINE.get(str(record["task"]), ()) if figures.get(key) is not None), None)
+    if first is None:
+        return text + "."
+    bounds = interval((figures.get("intervals") or {}).get(first))
+    within = f" (95 % interval {bounds})" if bounds else ""
+    shown, where = metric_name(first), f"{figures['n']:,} {SPLIT_NAMES.get(split, split)} samples"
+    return f"{text}. {shown[0].upper()}{shown[1:]} {number(figures[first])}{within} on {where}."

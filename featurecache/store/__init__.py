@@ -1,0 +1,1 @@
+"""The cache: recipes, index, chunked arrays and their verification. Knows no torch."""

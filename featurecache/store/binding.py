@@ -1,0 +1,263 @@
+"""The join: one manifest with the key and state of each cell (sample, view, ordinal), kept in the index as Parquet."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from featurecache.errors import CorruptionError, InputError, did_you_mean
+from featurecache.store.index import Index
+from featurecache.store.recipe import KEY_BYTES, canonical_json
+from featurecache.store.records import load_failures
+from featurecache.store.schema import next_generation
+
+STATES = ("done", "absent", "failed", "pending")
+CELL_SCHEMA: Mapping[str, pl.DataType] = {
+    "sample": pl.UInt32(),
+    "view": pl.String(),
+    "ordinal": pl.Int32(),
+    "key": pl.Binary(),
+    "state": pl.String(),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A manifest bound to the rows of the store.
+
+    Attributes:
+        name: of the dataset.
+        manifest_path: where the manifest was.
+        manifest_digest: SHA-256, hex, of the manifest as it was.
+        table: one row a sample, `sample_id` (String, unique) first, then the manifest's other columns.
+        config: how the manifest was read, as plain JSON values.
+        recipes: view -> id of the recipe that its features were extracted with.
+        multi: what is done with several images of a view: error, first, mean or max.
+        cells: one row a cell, absent ones too: sample (UInt32, row of `table`), view, ordinal (Int32), key (Binary of
+            32 bytes, null where the content isn't known), and state: `done`, `absent`, `failed` or `pending`, as it was
+            when bound.
+    """
+
+    name: str
+    manifest_path: str
+    manifest_digest: str
+    table: pl.DataFrame
+    config: Mapping[str, Any]
+    recipes: Mapping[str, str]
+    multi: str
+    cells: pl.DataFrame
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.name or any(mark in self.name for mark in "/\\\0\n"):
+            problems.append(f"name {self.name!r}: must not be empty or hold slashes or line ends")
+        if (
+            not self.table.columns
+            or self.table.columns[0] != "sample_id"
+            or self.table.schema["sample_id"] != pl.String
+        ):
+            problems.append("table: the first column must be `sample_id` of text")
+        if dict(self.cells.schema) != dict(CELL_SCHEMA):
+            problems.append(f"cells: columns are {dict(self.cells.schema)}, must be {dict(CELL_SCHEMA)}")
+        else:
+            keys = self.cells["key"].drop_nulls()
+            if (keys.bin.size() != KEY_BYTES).any():
+                problems.append(f"cells: a key has {KEY_BYTES} bytes")
+            if unknown := set(self.cells["state"].unique()) - set(STATES):
+                problems.append(f"cells: unknown states {sorted(map(str, unknown))}; known: {', '.join(STATES)}")
+            if missing := set(self.cells["view"].unique()) - set(self.recipes):
+                problems.append(f"recipes: none for the views {sorted(missing)}")
+            if self.cells.height and int(self.cells["sample"].max() or 0) >= self.table.height:  # type: ignore[arg-type]
+                problems.append(f"cells: sample numbers reach beyond the {self.table.height} rows of the table")
+            if self.cells.select("sample", "view", "ordinal").is_duplicated().any():
+                problems.append("cells: a sample, view and ordinal comes twice")
+        if problems:
+            raise InputError.from_problems(f"dataset {self.name!r} can't be bound", problems)
+        object.__setattr__(self, "recipes", dict(self.recipes))
+        object.__setattr__(self, "config", json.loads(json.dumps(dict(self.config))))
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views, in the manifest's order."""
+        return tuple(self.recipes)
+
+    @property
+    def sample_ids(self) -> NDArray[np.str_]:
+        """(n_samples,) ids in the table's order."""
+        return np.array(self.table["sample_id"].to_list(), dtype=np.str_)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hex, over table, cells (without their states, which progress changes) and recipes."""
+        sha256 = hashlib.sha256(canonical_json({"binding": 1, "multi": self.multi, "recipes": self.recipes}))
+        _hash_frame(sha256, self.table)
+        _hash_frame(sha256, self.cells.select("sample", "view", "ordinal", "key", pl.col("state") == "absent"))
+        return sha256.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedView:
+    """The cells of one view, by sample and ordinal, and the rows that hold their features now.
+
+    Attributes:
+        sample: (n_cells,) int64, rows of the binding's table.
+        ordinal: (n_cells,) int32.
+        rows: (n_cells,) int64 row ids for `FeatureStore.read`; -1 where there is no row.
+        state: (n_cells,) text: `done` exactly where there is a row; else `absent`, `failed` or `pending`.
+    """
+
+    sample: NDArray[np.int64]
+    ordinal: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    state: NDArray[np.str_]
+
+    def grid(self, n_samples: int) -> NDArray[np.int64]:
+        """(n_samples, largest number of images) int64 row ids by sample and ordinal, -1 where there is none."""
+        width = int(self.ordinal.max()) + 1 if len(self.ordinal) else 1
+        grid = np.full((n_samples, width), -1, np.int64)
+        grid[self.sample, self.ordinal] = self.rows
+        return grid
+
+    def counts(self) -> dict[str, int]:
+        """How many cells are in each state."""
+        return {state: int((self.state == state).sum()) for state in STATES}
+
+
+def cell_keys(cells: pl.DataFrame) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """(n, 32) keys of cells and (n,) whether there is one; zeros where there is none."""
+    known = cells["key"].is_not_null().to_numpy()
+    blob = b"".join(cells["key"].fill_null(bytes(KEY_BYTES)).to_list())
+    return np.frombuffer(blob, np.uint8).reshape(-1, KEY_BYTES), np.asarray(known, dtype=np.bool_)
+
+
+def save_binding(index: Index, binding: Binding, *, replace: bool) -> None:
+    """Put a binding into the index, in the place of one of that name from the same manifest path.
+
+    Raises:
+        InputError: the name is taken by another manifest and `replace` is False.
+    """
+    with index.writing() as connection:
+        found = connection.execute(
+            "SELECT manifest_path, digest FROM bindings WHERE name = ?", (binding.name,)
+        ).fetchone()
+        if found is not None and found[0] != binding.manifest_path and not replace:
+            raise InputError(
+                f"dataset {binding.name!r} of this store is bound to {found[0]}, now it would be "
+                f"{binding.manifest_path}. Give another --name, or --replace to bind it anew."
+            )
+        connection.execute(
+            "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                binding.name, binding.manifest_path, binding.manifest_digest, binding.digest, binding.multi,
+                json.dumps(binding.config, ensure_ascii=False), json.dumps(binding.recipes, ensure_ascii=False),
+                _parquet(binding.table), _parquet(binding.cells),
+            ),
+        )  # fmt: skip
+        next_generation(connection)
+
+
+def binding_names(index: Index) -> list[str]:
+    """The datasets of the store, sorted."""
+    with index.reading() as connection:
+        return [row[0] for row in connection.execute("SELECT name FROM bindings ORDER BY name")]
+
+
+def load_binding(index: Index, name: str) -> Binding:
+    """A dataset by its name.
+
+    Raises:
+        InputError: there is none; names the nearest.
+        CorruptionError: its bytes in the index are damaged.
+    """
+    columns = "manifest_path, manifest_digest, digest, multi, config, recipes, samples, cells"
+    with index.reading() as connection:
+        found = connection.execute(f"SELECT {columns} FROM bindings WHERE name = ?", (name,)).fetchone()
+    if found is None:
+        names = binding_names(index)
+        known = f"Known: {', '.join(names)}." if names else "There are no datasets yet."
+        raise InputError(f"{index.paths.root}: no dataset {name!r}.{did_you_mean(name, names)} {known}")
+    path, manifest_digest, digest, multi, config, recipes, samples, cells = found
+    remedy = f"{index.paths.index}: dataset {name!r} is damaged. Run extract on {path} again; no feature is recomputed."
+    try:
+        binding = Binding(
+            name, path, manifest_digest, pl.read_parquet(io.BytesIO(samples)), json.loads(config), json.loads(recipes),
+            multi, pl.read_parquet(io.BytesIO(cells)),
+        )  # fmt: skip
+    except (pl.exceptions.PolarsError, ValueError, OSError) as error:
+        raise CorruptionError(f"{remedy} ({error})") from error
+    if binding.digest != digest:
+        raise CorruptionError(remedy)
+    return binding
+
+
+def _parquet(frame: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _hash_frame(sha256: Any, frame: pl.DataFrame) -> None:
+    """Feed the logical content of a table to a hash: independent of Parquet and of polars' memory layout."""
+    for series in frame.iter_columns():
+        sha256.update(canonical_json([series.name, str(series.dtype), len(series)]))
+        sha256.update(np.packbits(series.is_null().to_numpy()).tobytes())
+        if series.dtype == pl.Boolean or (series.dtype.is_numeric() and not series.dtype.is_decimal()):
+            values = series.cast(pl.UInt8) if series.dtype == pl.Boolean else series
+            array = values.fill_null(0).to_numpy()
+            sha256.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+            continue
+        texts = [
+            value if isinstance(value, bytes) else str(value).encode("utf-8")
+            for value in series.to_list()
+            if value is not None
+        ]
+        sha256.update(np.array([len(text) for text in texts], "<u8").tobytes())
+        sha256.update(b"".join(texts))
+
+
+def samples_with(index: Index, keys: set[bytes]) -> list[str]:
+    """Ids of the samples, over all datasets, that have a cell with one of these keys; each once, in order."""
+    found: dict[str, None] = {}
+    for name in binding_names(index):
+        try:
+            binding = load_binding(index, name)
+        except CorruptionError:
+            continue  # it is only asked to explain other damage
+        hit = np.array([key in keys for key in binding.cells["key"].to_list()], dtype=np.bool_)
+        samples = np.unique(binding.cells["sample"].to_numpy()[hit])
+        found.update(dict.fromkeys(binding.table["sample_id"].gather(samples).to_list()))
+    return list(found)
+
+
+def name_samples(index: Index, keys: set[bytes], shown: int = 10) -> str:
+    """'samples a, b, c and 4 more', or the keys where no dataset has them."""
+    names, what = samples_with(index, keys), "samples"
+    if not names:
+        names, what = sorted(key.hex()[:16] for key in keys), "no dataset has them; keys"
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{what} {', '.join(names[:shown])}{more}" if names else "no samples"
+
+
+def resolve_cells(index: Index, number: int, binding: Binding, view: str) -> ResolvedView:
+    """Find the rows of the cells of one view in a recipe, and with them the cells' states now."""
+    cells = binding.cells.filter(binding.cells["view"] == view)
+    keys, known = cell_keys(cells)
+    rows = np.full(cells.height, -1, np.int64)
+    rows[known] = index.lookup(number, keys[known], np.zeros(int(known.sum()), np.int32))
+    state = np.array(cells["state"].to_list(), dtype="U7")
+    state[state == "done"] = "pending"  # done when bound, but the row was dropped since, or the recipe is another one
+    failed = load_failures(index, number)
+    if failed:
+        state[(state == "pending") & np.array([key in failed for key in cells["key"].to_list()], np.bool_)] = "failed"
+    state[rows >= 0] = "done"
+    samples, ordinals = cells["sample"].to_numpy(), cells["ordinal"].to_numpy()
+    return ResolvedView(samples.astype(np.int64), ordinals.astype(np.int32), rows, state)

@@ -1,0 +1,79 @@
+"""The tables of the index, what SQLite's errors mean to a user, and making an empty index."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from featurecache.errors import CorruptionError, StoreError
+from featurecache.store.files import move, sync_directory
+from featurecache.store.format import FORMAT, StorePaths
+
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE recipes (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, digest TEXT NOT NULL UNIQUE, base TEXT NOT NULL,
+    recipe TEXT NOT NULL, layout TEXT NOT NULL, canary TEXT NOT NULL, recorded TEXT NOT NULL,
+    next_row INTEGER NOT NULL DEFAULT 0, next_chunk INTEGER NOT NULL DEFAULT 0, partial INTEGER) STRICT;
+-- row: the row's id within the recipe, for good. slot: where it lies now; a partial chunk that is rewritten changes it.
+CREATE TABLE rows (
+    recipe INTEGER NOT NULL REFERENCES recipes, row INTEGER NOT NULL, key BLOB NOT NULL CHECK (length(key) = 32),
+    replica INTEGER NOT NULL, slot INTEGER NOT NULL, PRIMARY KEY (recipe, row)) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX rows_by_key ON rows (recipe, key, replica);
+CREATE UNIQUE INDEX rows_by_slot ON rows (recipe, slot);
+CREATE TABLE chunks (
+    recipe INTEGER NOT NULL REFERENCES recipes, chunk INTEGER NOT NULL, array TEXT NOT NULL, size INTEGER NOT NULL,
+    crc32c INTEGER NOT NULL, sha256 BLOB NOT NULL, PRIMARY KEY (recipe, chunk, array)) STRICT, WITHOUT ROWID;
+-- chunks whose rows a commit has re-pointed, until their files are deleted
+CREATE TABLE superseded (
+    recipe INTEGER NOT NULL, chunk INTEGER NOT NULL, PRIMARY KEY (recipe, chunk)) STRICT, WITHOUT ROWID;
+CREATE TABLE failures (
+    recipe INTEGER NOT NULL REFERENCES recipes, key BLOB NOT NULL, reader TEXT NOT NULL, message TEXT NOT NULL,
+    PRIMARY KEY (recipe, key)) STRICT, WITHOUT ROWID;
+CREATE TABLE payloads (
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+    inode TEXT NOT NULL, recorded_ns INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE bindings (
+    name TEXT PRIMARY KEY, manifest_path TEXT NOT NULL, manifest_digest TEXT NOT NULL, digest TEXT NOT NULL,
+    multi TEXT NOT NULL, config TEXT NOT NULL, recipes TEXT NOT NULL, samples BLOB NOT NULL, cells BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+
+def create_index(paths: StorePaths, uuid: str, staged: Path) -> None:
+    """Make an empty index at `staged` and rename it into place."""
+    build_index(staged, uuid)
+    move(staged, paths.index)
+    sync_directory(paths.root)
+
+
+def build_index(path: Path, uuid: str) -> None:
+    """Make an empty index, of generation 0, in the place of whatever is at `path`."""
+    path.unlink(missing_ok=True)
+    with sqlite_errors(path), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        values = [("format", FORMAT), ("uuid", uuid), ("generation", 0)]
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", values)
+
+
+def next_generation(connection: sqlite3.Connection) -> None:
+    """Count the store's generation up: part of every transaction that adds rows, recipes or bindings."""
+    connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'generation'")
+
+
+@contextmanager
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours: what may pass into StoreError, damage into CorruptionError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StoreError(f"{path}: {error}. What was committed before is intact.") from error
+    except sqlite3.DatabaseError as error:
+        raise CorruptionError(
+            f"{path}: damaged ({error}). `featurecache verify {path.parent} --rebuild-index` makes it anew from the "
+            "key arrays."
+        ) from error

@@ -1,0 +1,169 @@
+"""What the features of one view depend on: body, reader, preprocessing and taps, resolved from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featurecache.bodies.engines import fast_precision, resolve_device
+from featurecache.bodies.identity import identify
+from featurecache.bodies.registry import Body, load_body, load_run_body
+from featurecache.bodies.taps import ResolvedTap, Tapped, resolve_taps
+from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, Tap, for_view
+from featurecache.data.readers import get_reader
+from featurecache.data.readers.base import Reader
+from featurecache.data.transforms import Preprocessing
+from featurecache.errors import InputError
+from featurecache.store.recipe import Recipe
+from featurecache.store.store import FeatureStore
+
+RUN_PREFIX = "run:"
+ENGINE_FIELDS = ("engine", "precision", "fold")  # what `auto` may choose; all else must agree
+
+
+@dataclass(frozen=True, eq=False)
+class ViewSetup:
+    """One view, ready to run: what it reads, what runs over it and what is kept."""
+
+    view: str
+    body: Body
+    reader: Reader
+    preprocessing: Preprocessing
+    size: tuple[int, int]
+    taps: tuple[ResolvedTap, ...]
+    weights: str
+    program: str
+
+    def recipe(self, *, engine: str, precision: str, storage_dtype: str) -> Recipe:
+        """The recipe of this view's features, as computed by `engine` in `precision` and stored as `storage_dtype`."""
+        fields: dict[str, Any] = {
+            "schema": 1,
+            "reader": {
+                "name": self.reader.name,
+                "version": self.reader.version,
+                "parameters": self.reader.parameters(),
+            },
+            "preprocessing": self.preprocessing.parameters(),
+            "body": {"architecture": self.body.architecture, "weights": self.weights, "program": self.program},
+            "engine": engine,
+            "precision": precision,
+            "fold": precision != "fp32",
+            "storage_dtype": storage_dtype,
+        }
+        return Recipe(fields, tuple(tap.parameters_for_recipe() for tap in self.taps))
+
+    def tapped(self) -> Tapped:
+        """The body with its taps, as one module."""
+        return Tapped(self.body, self.taps)
+
+
+def load_view_body(config: BodyConfig, view: str, *, seed: int | None) -> Body:
+    """The body that the configuration names for a view, with its weights and input channels."""
+    name = for_view(config.body, view, "torchvision/densenet121")
+    if name.startswith(RUN_PREFIX):
+        return load_run_body(Path(name.removeprefix(RUN_PREFIX)), view, trust=config.trust_factory)
+    weights = for_view(config.weights, view, "DEFAULT")
+    return load_body(name, weights, seed=seed, channels=config.channels.get(view, config.channels.get(ANY_VIEW)))
+
+
+def view_preprocessing(config: BodyConfig, view: str, body: Body) -> Preprocessing:
+    """The body's own preprocessing, changed where the configuration says so.
+
+    Raises:
+        InputError: the options contradict each other, or leave images of different sizes.
+    """
+    own = body.preprocessing
+    changes: dict[str, Any] = {}
+    size = config.image_size.get(view, config.image_size.get(ANY_VIEW))
+    if size is not None:
+        changes |= {"resize": size, "crop": size}
+    for field in ("resize", "crop", "resize_mode", "interpolation", "antialias", "mean", "std"):
+        value = for_view(getattr(config, field), view, None)
+        if value is not None:
+            changes[field] = None if value == "none" else value
+    preprocessing = replace(own, **changes)
+    if preprocessing.size() is None:
+        raise InputError(
+            f"view {view!r}: with resize={preprocessing.resize}, crop={preprocessing.crop} and "
+            f"resize-mode={preprocessing.resize_mode} images keep different sizes and can't share a batch. "
+            "Give --crop N, or --resize N with --resize-mode squash or pad."
+        )
+    return preprocessing
+
+
+def view_reader(config: Any, view: str, body: Body) -> Reader:
+    """The reader of a view, asked for as many channels as the body takes."""
+    parameters: dict[str, Any] = {"channels": body.preprocessing.channels}
+    name = for_view(config.reader, view, "image")
+    if name == "image":
+        parameters["exif"] = for_view(config.exif, view, True)
+    return get_reader(name, **parameters)
+
+
+def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...], Body] | None = None) -> ViewSetup:
+    """Load and resolve everything that one view needs.
+
+    Args:
+        config: the configuration of stage one.
+        view: which view.
+        bodies: bodies loaded so far, by their settings; views with the same settings share one.
+    """
+    bodies = {} if bodies is None else bodies
+    name = for_view(config.body, view, "torchvision/densenet121")
+    own = view if name.startswith(RUN_PREFIX) else ""  # a run holds a body per view
+    settings = (name, own, for_view(config.weights, view, "DEFAULT"), for_view(config.channels, view, 0), config.seed)
+    if settings not in bodies:
+        bodies[settings] = load_view_body(config, view, seed=config.seed)
+    body = bodies[settings]
+    preprocessing = view_preprocessing(config, view, body)
+    size = preprocessing.size()
+    assert size is not None  # view_preprocessing refuses it
+    taps = resolve_taps(body, for_view(config.tap, view, (Tap(),)), size)
+    weights, program = identify(body, taps, size)
+    return ViewSetup(view, body, view_reader(config, view, body), preprocessing, size, taps, weights, program)
+
+
+def with_taps_of(setup: ViewSetup, recipe: Recipe) -> ViewSetup:
+    """The same view with the taps of a recipe that holds more of them."""
+    taps = [Tap.create({"module": tap["tap"], "pool": tap["pool"]}) for tap in recipe.taps]
+    return replace(setup, taps=resolve_taps(setup.body, taps, setup.size))
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Which engine and precision run a view, and by which rule they were chosen."""
+
+    engine: str
+    precision: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.precision} ({self.reason})"
+
+
+def choose_engine(config: ExtractConfig, setup: ViewSetup, store: FeatureStore | None) -> EngineChoice:
+    """Resolve `auto` by rule, never by timing: what the store already holds first, else what is fast here.
+
+    The same command therefore finds its rows again on a machine of another speed.
+    """
+    default_precision = config.precision
+    if default_precision == "auto":
+        default_precision = fast_precision(resolve_device(config.device))
+    default = EngineChoice("torch", default_precision, f"{default_precision} is what this device runs fast")
+    if config.engine != "auto" and config.precision != "auto":
+        return EngineChoice(config.engine, config.precision, "as given")
+    held: list[tuple[int, EngineChoice]] = []
+    for info in store.recipes() if store is not None else []:
+        engine, precision = info.recipe.fields["engine"], info.recipe.fields["precision"]
+        if config.engine not in ("auto", engine) or config.precision not in ("auto", precision) or not info.rows:
+            continue
+        wanted = setup.recipe(engine=engine, precision=precision, storage_dtype=config.store_dtype)
+        if wanted.base == info.recipe.base and wanted.tap_names <= info.recipe.tap_names:
+            held.append((info.rows, EngineChoice(engine, precision, f"the store holds {info.rows} rows made so")))
+    for _, choice in sorted(held, key=lambda item: -item[0]):
+        if (choice.engine, choice.precision) == (default.engine, default.precision):
+            return choice
+    if held:
+        return max(held, key=lambda item: item[0])[1]
+    return default

@@ -1,0 +1,151 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from featurecache.bodies.channels import adapt_statistics
+from featurecache.bodies.registry import load_body
+from featurecache.bodies.surgery import adapt_channels, freeze, freeze_batchnorm, parameter_groups, unfreeze
+from featurecache.errors import InputError
+
+
+@pytest.fixture
+def resnet():
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(weights=None)
+
+
+def test_a_grey_image_gives_what_its_rgb_copy_gave(resnet):
+    x = torch.rand(2, 1, 32, 32)
+    expected = resnet.eval()(x.expand(-1, 3, -1, -1))
+    adapt_channels(resnet, 1)
+    assert resnet.conv1.in_channels == 1
+    assert torch.allclose(resnet(x), expected, atol=1e-5)
+
+
+def test_more_channels_keep_the_size_of_activations(resnet):
+    weight = resnet.conv1.weight.detach().clone()
+    x = torch.rand(2, 3, 32, 32)
+    expected = resnet.eval().conv1(x)
+    adapt_channels(resnet, 6)
+    assert resnet.conv1.weight.shape == (64, 6, 7, 7)
+    assert torch.allclose(resnet.conv1(torch.cat([x, x], 1)), expected, atol=1e-5)
+    assert torch.allclose(resnet.conv1.weight[:, 4], weight[:, 1] / 2)
+
+
+def test_the_right_number_changes_nothing(resnet):
+    before = resnet.conv1.weight
+    adapt_channels(resnet, 3)
+    assert resnet.conv1.weight is before
+
+
+def test_channels_that_can_not_be_adapted(resnet):
+    with pytest.raises(InputError, match="channels=0: a body needs at least one"):
+        adapt_channels(resnet, 0)
+    with pytest.raises(InputError, match="Linear has no convolution"):
+        adapt_channels(nn.Linear(3, 3), 1)
+    with pytest.raises(
+        InputError, match=r"the first convolution '' is grouped .groups=3., so 3 input channels can't be"
+    ):
+        adapt_channels(nn.Conv2d(3, 3, 1, groups=3), 4)
+
+
+def test_statistics():
+    assert adapt_statistics((1.0, 2.0, 3.0), 1) == (2.0,)
+    assert adapt_statistics((1.0, 2.0, 3.0), 5) == (1.0, 2.0, 3.0, 1.0, 2.0)
+    assert adapt_statistics((1.0, 2.0, 3.0), 3) == (1.0, 2.0, 3.0)
+
+
+class Parent(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.head = nn.Sequential(nn.BatchNorm1d(body[-1].out_features), nn.Linear(body[-1].out_features, 2))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def make():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return Parent(nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(4, 4)))
+
+
+def steps(model, n=2):
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(n):
+        loss = model(torch.rand(8, 3, 8, 8)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def test_nothing_of_a_frozen_body_moves_in_training():
+    model = make()
+    freeze(model.body)
+    before = copy.deepcopy(model.body.state_dict())
+    x = torch.rand(4, 3, 8, 8)
+    expected = model.body(x)
+    steps(model)
+    assert model.head.training
+    assert all(torch.equal(value, before[name]) for name, value in model.body.state_dict().items())
+    assert torch.equal(model.body(x), expected)  # no dropout either
+    assert not model.body[1].training
+
+
+def test_freezing_survives_a_copy_and_can_be_undone():
+    model = make()
+    freeze(model.body)
+    freeze(model.body)
+    model = copy.deepcopy(model)
+    before = copy.deepcopy(model.body.state_dict())
+    unfreeze(model.body)
+    steps(model)
+    after = model.body.state_dict()
+    assert torch.equal(after["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+    assert not torch.equal(after["1.weight"], before["1.weight"])
+    unfreeze(model.body, batchnorm=True)
+    steps(model)
+    assert not torch.equal(model.body.state_dict()["1.running_mean"], before["1.running_mean"])
+    assert not any(child._forward_pre_hooks for child in model.body.modules())
+
+
+def test_only_the_statistics_frozen():
+    model = make()
+    freeze_batchnorm(model.body)
+    before = copy.deepcopy(model.body.state_dict())
+    steps(model)
+    after = model.body.state_dict()
+    assert torch.equal(after["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(after["1.weight"], before["1.weight"])
+
+
+def test_groups_go_from_input_to_output_and_hold_everything_once(resnet):
+    names = {id(parameter): name for name, parameter in resnet.named_parameters()}
+    groups = [[names[id(parameter)] for parameter in group] for group in parameter_groups(resnet, 3)]
+    assert sorted(name for group in groups for name in group) == sorted(names.values())
+    assert groups[0][0] == "conv1.weight"
+    assert "bn1.weight" in groups[0]
+    assert "fc.bias" in groups[-1]
+    assert {name.partition(".")[0] for name in groups[-1]} <= {"layer3", "layer4", "fc"}
+    assert len({name.rpartition(".")[0] for name in groups[0]}) == pytest.approx(14, abs=4)
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/convnext_atto", "plugin_bodies:small"])
+def test_groups_of_other_bodies(name):
+    module = load_body(name, "none", seed=0).module
+    groups = parameter_groups(module, 4)
+    assert len(groups) == 4
+    assert sum(len(group) for group in groups) == len(list(module.parameters()))
+
+
+def test_few_layers_give_few_groups():
+    assert len(parameter_groups(nn.Linear(2, 2), 5)) == 1
+    assert [len(group) for group in parameter_groups(make(), 1)] == [10]
+    with pytest.raises(InputError, match="0 parameter groups"):
+        parameter_groups(make(), 0)

@@ -1,0 +1,160 @@
+import time
+
+import numpy as np
+import pytest
+
+from featurecache.data.targets import Target
+from featurecache.errors import InputError
+from featurecache.evaluation.bootstrap import (
+    bootstrap_intervals,
+    label_intervals,
+    paired_differences,
+    percentile_interval,
+    replicates,
+)
+from featurecache.evaluation.metrics import compute_metrics, metric_names
+from featurecache.evaluation.weighted import mean_defined, weighted_parts
+
+
+def sample(task, n=150, *, seed=0, unknown=0.1):
+    rng = np.random.default_rng(seed)
+    lost = rng.random(n) < unknown
+    if task == "binary":
+        y = rng.integers(0, 2, n)
+        p = np.round(np.clip(0.25 * y + 0.75 * rng.random(n), 0, 1), 2)  # rounded: ties
+        return Target(task, ("y",), ("0", "1"), np.where(lost, -1, y)), np.stack([1 - p, p], axis=1)
+    if task == "multiclass":
+        y = rng.integers(0, 4, n)
+        p = 0.8 * rng.dirichlet(np.ones(4), n) + 0.2 * np.eye(4)[y]
+        return Target(task, ("y",), tuple("abcd"), np.where(lost, -1, y)), p
+    if task == "multilabel":
+        y = rng.integers(0, 2, (n, 3)).astype(np.float32)
+        p = np.round(np.clip(0.25 * y + 0.75 * rng.random((n, 3)), 0, 1), 2)
+        return Target(task, ("a", "b", "c"), (), np.where(rng.random((n, 3)) < unknown, np.nan, y)), p
+    y = rng.normal(size=(n, 2)) * 3 + 10
+    p = y + rng.normal(size=(n, 2))
+    return Target(task, ("u", "v"), (), np.where(rng.random((n, 2)) < unknown, np.nan, y).astype(np.float32)), p
+
+
+TASKS = ("binary", "multiclass", "multilabel", "regression")
+
+
+def weighted(target, scores, weights, threshold=None):
+    names = metric_names(target.task)
+    tables = [part(weights) for part in weighted_parts(target, scores, threshold, names)]
+    return {name: mean_defined([table[name] for table in tables]) for name in names}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_weighted_metrics_are_the_metrics_of_repeated_rows(task):
+    target, scores = sample(task)
+    rng = np.random.default_rng(1)
+    known = np.flatnonzero(target.known)
+    weights = np.vstack([np.ones(len(known)), rng.integers(0, 4, (6, len(known)))]).astype(float)
+    found = weighted(target, scores, weights, 0.45)
+    for i, row in enumerate(weights):
+        rows = np.repeat(known, row.astype(int))
+        expected = compute_metrics(target.subset(rows), scores[rows], threshold=0.45)
+        for name, values in found.items():
+            assert values[i] == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 3], [3, 3, 3, 3]])
+def test_the_weighted_metrics_are_undefined_where_the_metrics_are(rows):
+    target = Target("binary", ("y",), ("0", "1"), np.array([0, 0, 1, 0]))
+    scores = np.array([[0.8, 0.2], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7]])
+    found = weighted(target, scores, np.bincount(rows, minlength=4)[None].astype(float))
+    expected = compute_metrics(target.subset(np.array(rows)), scores[rows])
+    for name, value in found.items():
+        assert np.isnan(value[0]) == (expected[name] is None), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_intervals_hold_the_metric_and_follow_the_seed(task):
+    target, scores = sample(task)
+    groups = np.arange(len(scores)) // 2
+    found = bootstrap_intervals(target, scores, groups, n=300, seed=1)
+    metrics = compute_metrics(target, scores)
+    assert set(found) == set(metric_names(task))
+    for name, (low, high) in found.items():
+        assert low < high
+        if name != "ece":  # which a bootstrap overestimates
+            assert low <= metrics[name] <= high
+    assert found == bootstrap_intervals(target, scores, groups, n=300, seed=1)
+    assert found != bootstrap_intervals(target, scores, groups, n=300, seed=2)
+
+
+def test_resamples_draw_whole_groups():
+    """200 rows in 4 groups of equal rows hold 4 observations, not 200."""
+    target = Target("binary", ("y",), ("0", "1"), np.repeat([0, 1, 0, 1], 50))
+    scores = np.repeat([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.1, 0.9]], 50, axis=0)
+    draws = replicates(target, scores, np.repeat(["a", "b", "c", "d"], 50), n=2000)["accuracy"]
+    assert set(np.round(draws * 4, 9)) == {0, 1, 2, 3, 4}
+    assert draws.mean() == pytest.approx(0.75, abs=0.02)
+    grouped = bootstrap_intervals(target, scores, np.repeat([1, 2, 3, 4], 50))["accuracy"]
+    single = bootstrap_intervals(target, scores, None)["accuracy"]
+    assert grouped[1] - grouped[0] > 4 * (single[1] - single[0])
+
+
+def test_intervals_cover():
+    """95 % intervals of accuracy hold the truth in about 95 of 100 experiments."""
+    rng, held = np.random.default_rng(0), 0
+    for seed in range(200):
+        right = rng.random(150) < 0.8
+        target = Target("binary", ("y",), ("0", "1"), np.ones(150, dtype=np.int64))
+        scores = np.where(right, 0.9, 0.1)
+        found = bootstrap_intervals(
+            target, np.stack([1 - scores, scores], 1), None, n=200, seed=seed, metrics=["accuracy"]
+        )
+        held += found["accuracy"][0] <= 0.8 <= found["accuracy"][1]
+    assert 180 <= held <= 198
+
+
+def test_a_metric_that_is_mostly_undefined_has_no_interval():
+    target = Target("binary", ("y",), ("0", "1"), np.zeros(20, dtype=np.int64))
+    found = bootstrap_intervals(target, np.full((20, 2), 0.5), None, n=50)
+    assert "roc_auc" not in found
+    assert "accuracy" in found
+    assert percentile_interval(np.array([np.nan, np.nan, np.nan, 1.0])) is None
+    assert bootstrap_intervals(target.subset(np.arange(0)), np.empty((0, 2)), None) == {}
+
+
+def test_a_skipped_label_does_not_spoil_the_others():
+    target, scores = sample("multilabel")
+    without = bootstrap_intervals(target, np.where([False, True, False], np.nan, scores), None, n=50)
+    assert set(without) == set(metric_names("multilabel"))
+    labels = label_intervals(target, np.where([False, True, False], np.nan, scores), None, n=50)
+    assert labels["b"] == {}
+    assert labels["a"]["roc_auc"][0] < labels["a"]["roc_auc"][1]
+
+
+def test_paired_differences():
+    target, scores = sample("multiclass", 400)
+    worse = 0.8 * scores + 0.2 * np.random.default_rng(3).dirichlet(np.ones(4), 400)
+    groups = np.arange(400) // 2
+    found = paired_differences(target, scores, worse, groups, n=300)
+    auc = found["roc_auc"]
+    assert auc["a"] == pytest.approx(compute_metrics(target, scores)["roc_auc"])
+    assert auc["b"] == pytest.approx(compute_metrics(target, worse)["roc_auc"])
+    assert auc["difference"] == auc["a"] - auc["b"]
+    assert auc["low"] <= auc["difference"] <= auc["high"]
+    alone = bootstrap_intervals(target, scores, groups, n=300)["roc_auc"]
+    assert auc["high"] - auc["low"] < alone[1] - alone[0]  # pairing removes what both share
+    same = paired_differences(target, scores, scores, groups, n=50, metrics=["accuracy", "roc_auc"])
+    assert set(same) == {"accuracy", "roc_auc"}
+    assert same["accuracy"]["low"] == same["accuracy"]["high"] == 0
+
+
+def test_bad_arguments():
+    target, scores = sample("binary")
+    with pytest.raises(InputError, match=r"unknown metric 'roc_au' of task binary\. Did you mean 'roc_auc'\?"):
+        bootstrap_intervals(target, scores, None, metrics=["roc_au"])
+    with pytest.raises(InputError, match="3 groups for 150 rows"):
+        bootstrap_intervals(target, scores, ["a", "b", "c"])
+
+
+def test_a_thousand_resamples_of_a_thousand_samples_take_seconds():
+    target, scores = sample("multiclass", 1000)
+    start = time.process_time()
+    bootstrap_intervals(target, scores, np.arange(1000) // 2)
+    assert time.process_time() - start < 5

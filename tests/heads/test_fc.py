@@ -1,0 +1,277 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from featurecache.errors import FeatureCacheError, InputError, RunError
+from featurecache.features import ArrayFeatures, Block
+from featurecache.fusion import Concat
+from featurecache.heads.base import Fold, load_head
+from featurecache.heads.fc import (
+    FCHead,
+    FCModule,
+    FCSettings,
+    PresentBatchNorm,
+    batch_bounds,
+    build_fc,
+    hide_views,
+    one_cycle,
+)
+from featurecache.heads.losses import HeadLoss, target_tensor
+from featurecache.heads.rows import FeatureRows, TensorRows, open_rows
+
+BLOCKS = (Block("front", "a", 0, 4, (4,)), Block("side", "a", 4, 10, (6,)))
+CPU = torch.device("cpu")
+
+
+def seeded(settings, *, indicators=False, n_out=3):
+    torch.manual_seed(0)
+    return FCModule(BLOCKS, n_out, settings, indicators=indicators)
+
+
+def test_is_create_head():
+    module = seeded(FCSettings.create({}))
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.BatchNorm1d(10), nn.Dropout(0.25), nn.Linear(10, 512), nn.ReLU(), nn.BatchNorm1d(512), nn.Dropout(0.5),
+        nn.Linear(512, 3),
+    )  # fmt: skip
+    x = torch.randn(20, 10)
+    for training in (True, False):
+        module.train(training)
+        plain.train(training)
+        torch.manual_seed(1)
+        found = module(x)
+        torch.manual_seed(1)
+        assert torch.equal(found, plain(x))
+    assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (8, 5)])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_sizes(hidden, batch_norm):
+    module = seeded(FCSettings.create({"hidden": hidden, "batch_norm": batch_norm}), indicators=True)
+    assert module(torch.randn(4, 10)).shape == (4, 3)
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    assert [layer.out_features for layer in linear] == [*hidden, 3]
+    assert linear[0].in_features == 12
+    assert module.n_in == 10
+    drops = [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
+    assert drops == [0.25] * len(hidden) + [0.5]
+
+
+def test_batch_norm_statistics_come_from_present_samples():
+    x = torch.randn(30, 10) * 3 + 5
+    missing = torch.zeros(30, 10, dtype=torch.bool)
+    missing[::3, 4:] = True
+    norm, front, side = PresentBatchNorm(10), nn.BatchNorm1d(4), nn.BatchNorm1d(6)
+    there = ~missing[:, 9]
+    for _ in range(3):
+        found = norm(torch.where(missing, 0, x), missing)
+        torch.testing.assert_close(found[:, :4], front(x[:, :4]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[there, 4:], side(x[there, 4:]), atol=1e-5, rtol=1e-5)
+        assert (found[~there, 4:] == 0).all()
+    torch.testing.assert_close(norm.running_mean, torch.cat([front.running_mean, side.running_mean]))
+    torch.testing.assert_close(norm.running_var, torch.cat([front.running_var, side.running_var]))
+    norm.eval()
+    side.eval()
+    found = norm(torch.where(missing, 0, x), missing)
+    torch.testing.assert_close(found[there, 4:], side(x[there, 4:]), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_norm_with_one_present_sample_keeps_its_statistics():
+    norm = PresentBatchNorm(2)
+    missing = torch.tensor([[False, False], [False, True], [False, True]])
+    found = norm(torch.tensor([[1.0, 7.0], [2.0, 0.0], [3.0, 0.0]]), missing)
+    assert norm.running_mean[1] == 0
+    assert norm.running_var[1] == 1
+    assert found[0, 1].item() == pytest.approx(7, rel=1e-4)
+    assert norm.running_mean[0] == pytest.approx(0.2)
+
+
+def test_no_gradient_is_nan_where_a_view_is_missing():
+    module = seeded(FCSettings.create({}), indicators=True)
+    images = torch.randn(6, 10, requires_grad=True)
+    present = torch.tensor([[True, True], [True, False], [False, True]] * 2)
+    fused = Concat(BLOCKS)([images[:, :4], images[:, 4:]], present)
+    module(fused).sum().backward()
+    assert images.grad.isfinite().all()
+    assert (images.grad[1, 4:] == 0).all()
+    assert (images.grad[2, :4] == 0).all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_live_views_through_concat_are_what_the_cache_gives(problem, fast):
+    """What joint training feeds the module is what stage two fed it."""
+    data = problem("binary", missing=0.5)
+    head = FCHead(fast["fc"]).fit(data.train, data.valid)
+    x = torch.from_numpy(data.x)
+    views = [x[:, :9].nan_to_num(7.0), x[:, 9:].nan_to_num(-7.0)]
+    fused = Concat(data.features.blocks)(views, ~x[:, [0, 9]].isnan())
+    assert torch.equal(fused.isnan(), x.isnan())
+    with torch.no_grad():
+        scores = head.module(fused).double().softmax(dim=1).numpy()
+    assert np.array_equal(scores, head.scores(data.x))
+
+
+def test_hide_views_leaves_every_row_one():
+    module = seeded(FCSettings.create({}))
+    x = torch.randn(500, 10)
+    x[:100, :4] = torch.nan
+    hidden = hide_views(x, module, 0.6, torch.Generator().manual_seed(0))
+    assert (hidden[:100, 4:] == x[:100, 4:]).all()
+    gone = hidden[100:, [0, 4]].isnan()
+    assert not gone.all(dim=1).any()
+    assert gone.any(dim=1).float().mean() > 0.7
+    again = hide_views(x, module, 0.6, torch.Generator().manual_seed(0))
+    assert torch.equal(hidden.nan_to_num(9), again.nan_to_num(9))
+    assert torch.equal(hidden[:, 0].isnan(), hidden[:, 3].isnan())
+
+
+def test_indicators_are_trained_where_views_are_missing_or_hidden(problem, fast):
+    complete, lacking = problem("binary"), problem("binary", missing=0.3)
+    assert not FCHead(fast["fc"]).fit(complete.train).module.indicators
+    assert FCHead(fast["fc"]).fit(lacking.train).module.indicators
+    head = FCHead(fast["fc"] | {"view_dropout": 0.3}).fit(complete.train)
+    assert head.module.indicators
+    x = complete.x.copy()
+    x[:, 9:] = np.nan
+    without = FCHead(fast["fc"] | {"patience": 100}).fit(complete.train).scores(x)[:, 1]
+    truth = complete.target.values
+    assert np.mean((head.scores(x)[:, 1] > 0.5) == truth) >= np.mean((without > 0.5) == truth) - 0.1
+
+
+@pytest.mark.parametrize(("n", "size", "expected"), [
+    (10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (3, 2, [(0, 3)]), (2, 64, [(0, 2)]),
+])  # fmt: skip
+def test_no_batch_of_one_row(n, size, expected):
+    assert batch_bounds(n, size) == expected
+
+
+@pytest.mark.parametrize("n", [2, 3, 33, 65])
+def test_any_number_of_rows_trains(problem, n):
+    data = problem("binary")
+    values = data.target.values.copy()
+    values[:n] = np.arange(n) % 2
+    head = FCHead({"epochs": 2, "hidden": (4,), "batch_size": 32}).fit(data.with_values(values).fold(0, n))
+    assert np.isfinite(head.scores(data.x)).all()
+
+
+def test_a_single_row_does_not(problem):
+    data = problem("regression", labels=1)
+    with pytest.raises(InputError, match="head 'fc' needs at least 2 training rows, got 1"):
+        FCHead().fit(data.fold(0, 1))
+
+
+def test_one_cycle():
+    rates = [one_cycle(step, 100, 1.0) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 25)
+    assert max(rates) == rates[25] == pytest.approx(1)
+    assert rates[-1] == pytest.approx(1e-5)
+    assert all(np.diff(rates[:26]) > 0)
+    assert all(np.diff(rates[25:]) < 0)
+    assert one_cycle(0, 1, 0.5) > 0
+
+
+def test_the_best_epoch_is_restored(problem):
+    data = problem("binary")
+    settings = {"epochs": 60, "patience": 4, "hidden": (64,), "lr": 0.05, "dropout": 0.0}
+    head = FCHead(settings).fit(data.train, data.valid)
+    losses = [row["valid_loss"] for row in head.history_]
+    best = int(np.argmin(losses))
+    assert head.fitted_["epoch"] == best + 1 == head.history_[best]["epoch"]
+    assert len(losses) == best + 1 + 4
+    assert len(losses) < 60
+    scores = head.scores(data.x[data.valid.rows])
+    truth = data.valid.target.values
+    assert -np.log(scores[np.arange(len(truth)), truth]).mean() == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_rows_from_ram_and_by_batch_train_the_same_head(problem, fast):
+    data = problem("multilabel", missing=0.3)
+    half = ArrayFeatures(data.x.astype(np.float16), data.features.blocks)
+    size = 4 * data.x[:140].size
+    kinds, scores = [], []
+    for memory in (size, size // 2, 0):
+        train, valid = Fold(half, data.train.rows, data.train.target), Fold(half, data.valid.rows, data.valid.target)
+        rows = open_rows(train, CPU, memory)
+        kinds.append((type(rows), rows._x.dtype if isinstance(rows, TensorRows) else None))
+        assert rows.missing
+        assert len(rows) == 140
+        scores.append(FCHead(fast["fc"], memory=memory).fit(train, valid).scores(data.x))
+    assert kinds == [(TensorRows, torch.float32), (TensorRows, torch.float16), (FeatureRows, None)]
+    assert np.array_equal(scores[0], scores[1])
+    assert np.array_equal(scores[0], scores[2])
+    # What float16 can't hold is read by batch.
+    assert isinstance(open_rows(data.train, CPU, size // 2), FeatureRows)
+
+
+def test_label_smoothing_changes_training_only(problem, fast):
+    data = problem("binary")
+    smooth = FCHead(fast["fc"] | {"label_smoothing": 0.3}).fit(data.train, data.valid)
+    plain = FCHead(fast["fc"]).fit(data.train, data.valid)
+    assert np.abs(smooth.scores(data.x) - 0.5).mean() < np.abs(plain.scores(data.x) - 0.5).mean()
+
+
+def test_regression_is_in_the_unit_of_the_target(problem, fast):
+    data = problem("regression", labels=1)
+    first = FCHead(fast["fc"]).fit(data.train, data.valid)
+    second_data = data.with_values(data.target.values * 1000 - 5)
+    second = FCHead(fast["fc"]).fit(second_data.train, second_data.valid)
+    assert 80 < first.predict(data.x).mean() < 120
+    np.testing.assert_allclose(second.predict(data.x), first.predict(data.x) * 1000 - 5, rtol=1e-3)
+    assert first.history_[-1]["valid_loss"] == pytest.approx(second.history_[-1]["valid_loss"], rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite(problem):
+    data = problem("regression")
+    with pytest.raises(FeatureCacheError, match=r"head 'fc': the loss is not finite in epoch \d+. Lower lr"):
+        FCHead({"lr": 1e30, "batch_norm": False, "weight_decay": 0}).fit(data.train, data.valid)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(problem):
+    with pytest.raises(InputError, match="device 'cuda': torch finds no CUDA device here"):
+        FCHead(device="cuda").fit(problem("binary").train)
+
+
+def test_adopt_saves_a_module_trained_elsewhere(problem, tmp_path):
+    data = problem("multiclass")
+    settings = FCSettings.create({"hidden": (4,)})
+    module = build_fc(data.features.blocks, data.target, settings, indicators=True)
+    loss = HeadLoss(data.target, class_weight="balanced")
+    loss(module(torch.from_numpy(data.x)), target_tensor(data.target)).backward()
+    head = FCHead.adopt(module.eval(), data.target, data.features.blocks, settings, seed=5)
+    head.save(tmp_path)
+    loaded = load_head(tmp_path)
+    assert np.array_equal(loaded.scores(data.x), head.scores(data.x))
+    assert loaded.seed == 5
+    assert loaded.module.indicators
+
+
+def test_tensors_that_do_not_fit(problem, fast, tmp_path):
+    data = problem("binary")
+    FCHead(fast["fc"]).fit(data.train).save(tmp_path)
+    path = tmp_path / "head.safetensors"
+    tensors = load_file(path)
+
+    def refused(**changes):
+        save_file({k: v for k, v in (tensors | changes).items() if v is not None}, path)
+        record = json.loads((tmp_path / "head.json").read_text())
+        import hashlib
+
+        record["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "head.json").write_text(json.dumps(record))
+        with pytest.raises(RunError) as caught:
+            load_head(tmp_path)
+        return str(caught.value)
+
+    name = "layers.0.weight"
+    assert f"tensor '{name}' is missing" in refused(**{name: None})
+    assert "tensor 'other' is unknown" in refused(other=torch.zeros(1))
+    wanted = r"is (16, 13) torch.float32, expected (16, 14) torch.float32"
+    assert wanted in refused(**{name: tensors[name][:, 1:].contiguous()})
+    assert "torch.float64, expected" in refused(**{name: tensors[name].double()})

@@ -1,0 +1,88 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from plugin_joint import write_samples
+
+from featurecache.config import JointConfig, ManifestConfig
+from featurecache.data.manifest import read_manifest
+from featurecache.errors import InputError, RecipeMismatchError, RunError
+from featurecache.joint.finetune import finetune_joint
+from featurecache.joint.predict import load_joint, predict_joint
+from featurecache.run import Run, load_run
+
+TRUST = ("plugin_joint:tiny",)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("predict")
+    manifest = write_samples(folder / "data", 40, missing=0.3, seed=5)
+    options = {
+        "manifest": manifest, "views": {"a": "a", "b": "b"}, "body": "plugin_joint:tiny", "target": ("kind",),
+        "precision": "fp32", "device": "cpu", "workers": 1, "batch_size": 8, "epochs": 1, "freeze_epochs": 0,
+        "settings": {"hidden": [8]}, "bootstrap": 0, "out": folder / "run",
+    }  # fmt: skip
+    return finetune_joint(JointConfig.create(options))
+
+
+def manifest_of(folder, views=("a", "b"), **options):
+    path = write_samples(folder, 10, seed=6, **options)
+    return read_manifest(ManifestConfig(manifest=path, views={view: view for view in views}))
+
+
+def test_new_samples_with_missing_views_and_a_broken_image(run, tmp_path):
+    manifest = manifest_of(tmp_path, missing=0.5)
+    (tmp_path / "images" / "002-a0.png").write_bytes(b"GIF89a")
+    found = predict_joint(run, manifest, device="cpu", trust=TRUST, batch_size=4)
+    assert found.sample_ids.tolist() == [f"s{i:03d}" for i in range(10) if i != 2]
+    assert found.scores.shape == (9, 3)
+    np.testing.assert_allclose(found.scores.sum(axis=1), 1)
+    assert found.present.shape == (9, 2)
+    assert not found.present[:, 1].all()
+    assert [(row["sample_id"], row["view"], row["path"]) for row in found.failed] == [
+        ("s002", "a", "images/002-a0.png")
+    ]
+    alone = predict_joint(run, manifest, device="cpu", trust=TRUST, batch_size=1)
+    np.testing.assert_allclose(alone.scores, found.scores, atol=1e-6)
+
+
+def test_a_view_that_the_manifest_lacks_counts_as_missing(run, tmp_path):
+    found = predict_joint(run, manifest_of(tmp_path, views=("b",)), device="cpu", trust=TRUST)
+    assert found.present.tolist() == [[False, True]] * 10
+    folder = tmp_path / "x"
+    path = write_samples(folder, 3)
+    other = read_manifest(ManifestConfig(manifest=path, views={"c": "a"}))
+    with pytest.raises(InputError, match=r"has the views c, but the run reads a, b"):
+        predict_joint(run, other, device="cpu", trust=TRUST)
+
+
+def test_a_factory_that_the_run_names_needs_trust(run, tmp_path):
+    with pytest.raises(InputError, match=r"--trust-factory plugin_joint:tiny"):
+        load_joint(run)
+
+
+def changed(run, tmp_path, change):
+    record = json.loads((run.path / "run.json").read_text())
+    change(record)
+    path = tmp_path / "copy"
+    shutil.copytree(run.path, path)
+    (path / "run.json").write_text(json.dumps(record))
+    return load_run(path)
+
+
+def test_bodies_and_readers_that_work_in_another_way_are_refused(run, tmp_path):
+    program = changed(run, tmp_path / "1", lambda r: r["recipes"]["b"]["body"].update(program="0" * 64))
+    with pytest.raises(RecipeMismatchError, match=r"the body of view 'b' is not what it was .* its program differ"):
+        load_joint(program, trust=TRUST)
+    reader = changed(run, tmp_path / "2", lambda r: r["recipes"]["a"]["reader"].update(version=99))
+    with pytest.raises(RecipeMismatchError, match=r"reader image version 99, this is version \d"):
+        load_joint(reader, trust=TRUST)
+    lacking = changed(run, tmp_path / "3", lambda r: r.pop("blocks"))
+    with pytest.raises(RunError, match=r"run.json is incomplete \(KeyError: 'blocks'\)"):
+        load_joint(lacking, trust=TRUST)
+    with pytest.raises(InputError, match=r"a head run, not one of finetune-joint"):
+        load_joint(Run(run.path, {**run.record, "kind": "head"}))

@@ -1,0 +1,1 @@
+raise SystemExit("imported a module that a run named")
