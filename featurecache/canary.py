@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,40 +65,58 @@ def canary_batch(reader: Reader, preprocessing: Preprocessing) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def sing(
-    engine: Engine, reader: Reader, preprocessing: Preprocessing, names: list[str]
-) -> dict[str, list[list[float]]]:
-    """The canary: per tap, INPUTS lists of up to KEPT feature values, taken evenly over the flattened features."""
-    song: dict[str, list[list[float]]] = {}
+Song = dict[str, list[list[float | None]]]
+
+
+def sing(engine: Engine, reader: Reader, preprocessing: Preprocessing, names: list[str]) -> Song:
+    """The canary: per tap, INPUTS lists of up to KEPT feature values, taken evenly over the flattened features.
+
+    What is not finite is None, since JSON has no word for it.
+    """
+    song: Song = {}
     for name, features in zip(names, engine(canary_batch(reader, preprocessing)), strict=True):
         flat = np.asarray(features, dtype=np.float64).reshape(INPUTS, -1)
         kept = np.linspace(0, flat.shape[1] - 1, min(KEPT, flat.shape[1])).round().astype(int)
-        song[name] = [[float(f"{value:.9g}") for value in row] for row in flat[:, kept]]
+        song[name] = [[float(f"{value:.9g}") if np.isfinite(value) else None for value in row] for row in flat[:, kept]]
     return song
 
 
-def check_canary(
-    now: dict[str, list[list[float]]], then: dict[str, Any], precision: str, recorded: dict[str, Any], recipe: str
-) -> None:
+def drift(now: Any, then: Any) -> float:
+    """Centred relative distance of one tap's values, ||now - then|| / ||then - mean||; infinite where shapes differ."""
+    new, old = np.array(now, dtype=np.float64), np.array(then, dtype=np.float64)  # None becomes NaN
+    if new.shape != old.shape or not np.array_equal(np.isnan(new), np.isnan(old)):
+        return float("inf")
+    new, old = np.nan_to_num(new), np.nan_to_num(old)
+    spread = float(np.linalg.norm(old - old.mean(axis=0))) or 1.0
+    return float(np.linalg.norm(new - old)) / spread
+
+
+def check_canary(now: Song, then: Mapping[str, Any], precision: str, recorded: Mapping[str, Any], recipe: str) -> None:
     """Refuse to append where this process computes other numbers than the one that made the recipe.
+
+    Args:
+        now: what this process sings.
+        then: what the recipe keeps.
+        precision: of the recipe, which says how much may differ.
+        recorded: beside the recipe; its `versions` are told.
+        recipe: its id.
 
     Raises:
         StoreError: drift beyond tolerance, naming the library versions that differ.
     """
     for name, rows in then.items():
-        old, new = np.array(rows), np.array(now[name])
-        spread = float(np.linalg.norm(old - old.mean(axis=0))) or 1.0
-        drift = float(np.linalg.norm(new - old)) / spread if old.shape == new.shape else float("inf")
-        if not drift <= TOLERANCE[precision]:
-            before, after = recorded.get("versions", {}), versions()
-            changed = [
-                f"{lib} {before.get(lib, 'absent')} then, {after.get(lib, 'absent')} now"
-                for lib in sorted({*before, *after})
-                if before.get(lib) != after.get(lib)
-            ]
-            raise StoreError(
-                f"recipe {recipe}: this process computes other features than the one that made it. Tap {name} drifts "
-                f"by {drift:.3g} (tolerance {TOLERANCE[precision]:g}). Nothing was written. Versions: "
-                f"{'; '.join(changed) or 'the same, so the hardware or its kernels differ'}. Use the versions of then, "
-                "another --precision, or a new store."
-            )
+        found = drift(now.get(name, []), rows)
+        if found <= TOLERANCE[precision]:
+            continue
+        before, after = recorded.get("versions", {}), versions()
+        changed = [
+            f"{library} {before.get(library, 'absent')} then, {after.get(library, 'absent')} now"
+            for library in sorted({*before, *after})
+            if before.get(library) != after.get(library)
+        ]
+        raise StoreError(
+            f"recipe {recipe}: this process computes other features than the one that made it. Tap {name} drifts "
+            f"by {found:.3g} (tolerance {TOLERANCE[precision]:g}). Nothing was added to it. Versions: "
+            f"{'; '.join(changed) or 'the same, so the hardware or its kernels differ'}. Use the versions of then, "
+            "another --precision, or a new store."
+        )

@@ -5,27 +5,34 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.producer import Seconds
+from featurecache.store.appender import Appender
 from featurecache.store.records import StatRecord
 from featurecache.store.store import FeatureStore
 
 WAITING = 4  # batches between device and disk
+DUE_EVERY = 5.0  # seconds between looks at whether a commit is due while no batch comes
 LEARNT_EVERY = 5.0  # seconds between commits of stat records and failures
+
+Batch = tuple[NDArray[np.uint8], Mapping[str, NDArray[np.float32]]]
 
 
 class Committer:
-    """Appends in a thread of its own, so that the device never waits for the disk (unless the queue is full)."""
+    """Appends in a thread of its own, so that the device never waits for the disk (unless the queue is full).
+
+    Attributes:
+        refused: contents whose features were not finite, so far: {key: reason}.
+    """
 
     def __init__(self, store: FeatureStore, recipe_id: str, seconds: Seconds) -> None:
         self._store, self._recipe_id, self._seconds = store, recipe_id, seconds
-        self._queue: queue.Queue[tuple[NDArray[np.uint8], Mapping[str, NDArray[np.float32]]] | None] = queue.Queue(
-            WAITING
-        )
+        self._queue: queue.Queue[Batch | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self.refused: dict[bytes, str] = {}
         self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
@@ -37,24 +44,33 @@ class Committer:
         Raises:
             BaseException: whatever stopped the writer; nothing given after that is stored.
         """
-        while True:
-            self._check()
+        self._offer((keys, arrays))
+        self._check()
+
+    def close(self) -> None:
+        """Commit all that was handed over and wait for it, through any Ctrl-C: it takes moments, and ends the run."""
+        interrupted: KeyboardInterrupt | None = None
+        ending = False
+        while self._thread.is_alive():
             try:
-                self._queue.put((keys, arrays), timeout=0.5)
+                if not ending:
+                    self._offer(None)
+                    ending = True
+                self._thread.join(0.5)
+            except KeyboardInterrupt as error:
+                interrupted = error
+        self._check()
+        if interrupted is not None:
+            raise interrupted
+
+    def _offer(self, batch: Batch | None) -> None:
+        """Put into the queue as soon as there is room; in vain where the writer has stopped."""
+        while self._thread.is_alive():
+            try:
+                self._queue.put(batch, timeout=0.5)
                 return
             except queue.Full:
                 continue
-
-    def close(self) -> None:
-        """Commit all that was handed over and wait for it."""
-        while self._thread.is_alive():
-            try:
-                self._queue.put(None, timeout=0.5)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
-        self._check()
 
     def _check(self) -> None:
         if self._error is not None:
@@ -63,16 +79,30 @@ class Committer:
     def _work(self) -> None:
         try:
             with self._store.appender(self._recipe_id) as appender:
-                while (batch := self._queue.get()) is not None:
-                    start = time.perf_counter()
-                    appender.append(*batch)
-                    self._seconds.add("write", time.perf_counter() - start)
-                start = time.perf_counter()
-                appender.flush()
-                self._seconds.add("write", time.perf_counter() - start)
-                self.refused = dict(appender.refused)
+                while (batch := self._next(appender)) is not None:
+                    with self._writing():
+                        appender.append(*batch)
+                    if len(appender.refused) > len(self.refused):
+                        self.refused = dict(appender.refused)
+                with self._writing():
+                    appender.flush()
         except BaseException as error:  # handed to the thread that feeds, which raises it
             self._error = error
+
+    def _next(self, appender: Appender) -> Batch | None:
+        """The next batch; rows do not wait for it longer than the store allows."""
+        while True:
+            try:
+                return self._queue.get(timeout=DUE_EVERY)
+            except queue.Empty:
+                with self._writing():
+                    appender.commit_if_due()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds.add("write", time.perf_counter() - start)
 
 
 class Learnt:

@@ -223,7 +223,7 @@ class FitConfig(SplitConfig, TargetConfig):
     out: Path | None = None
     overwrite: bool = False
     views: tuple[str, ...] = ()
-    tap: tuple[str, ...] = ()
+    tap: PerView[tuple[str, ...]] = {}
     recipe: PerView[str] = {}
     manifest: Path | None = None
     allow_partial: bool = False

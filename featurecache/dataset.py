@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from featurecache.binding import check_fresh, rebind, short_list
+from featurecache.config import ANY_VIEW, for_view
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, did_you_mean
 from featurecache.features import Block
@@ -87,18 +88,24 @@ class StoreFeatures:
             return
         values = np.full((*wanted.shape, out.shape[1]), np.nan, dtype=np.float32)
         values[held] = self._read(part, tap, wanted[held]).reshape(int(held.sum()), -1)
-        some = held.any(axis=1)
+        some = np.asarray(held.any(axis=1))
         reduce = np.nanmax if self._multi == "max" else np.nanmean
         out[some] = reduce(values[some], axis=1)
 
     def _read(self, part: ViewRows, tap: str, ids: NDArray[np.int64]) -> NDArray[Any]:
-        if not self.in_ram:
+        held = (part.view, tap) in self._ram
+        # A DataLoader's worker reads from the mapped file: a copy of all features in each would take n times the RAM.
+        if not held and (not self.in_ram or torch.utils.data.get_worker_info() is not None):
             return self._store.read(part.info.id, tap, ids)
-        if (part.view, tap) not in self._ram:
+        if not held:
             distinct = np.unique(part.rows[part.rows >= 0])
             self._positions[part.view] = distinct
             self._ram[part.view, tap] = self._store.read(part.info.id, tap, distinct)
         return self._ram[part.view, tap][np.searchsorted(self._positions[part.view], ids)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is in RAM: whoever unpickles reads it again."""
+        return {**self.__dict__, "_ram": {}, "_positions": {}}
 
 
 class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -109,8 +116,9 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         dataset: the dataset's name in it.
         target: target column or columns; without it `target` is None and items have an empty target.
         views: which views, default all.
-        tap: which taps (array names, or the module's name alone), default the only one.
-        recipe: digest or prefix of the recipe to read, per view (`*` for all), default the binding's.
+        tap: which taps, as `extract` was told them (`layer4:avg`, or `layer4` for all its poolings), for all views or
+            per view; features come in this order. Default the only one.
+        recipe: digest or first digits of the recipe to read, for all views or per view; default the dataset's.
         task: what the target is, default told from its values.
         uncertain: what a label such as `-1` means: {"-1": "ignore" | "zero" | "one"}.
         missing: `zero` keeps samples that lack a view (their block is NaN, each head has its own way with it),
@@ -126,7 +134,8 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         table: the manifest's rows of these samples.
         recipes: the recipe of each view.
         content: per sample the keys of its images as hex, by which leaks are found.
-        failed: ids of samples that lack a view because an image of it could not be read.
+        failed: per view the ids of samples that have an image of it that could not be read: it counts as missing.
+        n_dropped: samples of the manifest that are left out.
 
     Raises:
         InputError: names what is wrong and what there is: dataset, views, taps, columns; cells not yet extracted;
@@ -140,7 +149,7 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         dataset: str,
         target: str | Sequence[str] | None = None,
         views: Sequence[str] | None = None,
-        tap: Sequence[str] | str | None = None,
+        tap: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
         recipe: Mapping[str, str] | str | None = None,
         task: str = "auto",
         uncertain: Mapping[str, str] | None = None,
@@ -156,12 +165,17 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         self.binding = find_binding(self.store, dataset)
         check_fresh(self.binding)
         self.views = choose_views(self.binding, views)
-        names = (tap,) if isinstance(tap, str) else tuple(tap or ())
-        wanted = {"*": recipe} if isinstance(recipe, str) else dict(recipe or {})
-        parts = [view_rows(self.store, self.binding, view, names, wanted) for view in self.views]
+        taps = {view: (names,) if isinstance(names, str) else tuple(names) for view, names in per_view(tap).items()}
+        wanted = per_view(recipe)
+        for option, given in (("--tap", taps), ("--recipe", wanted)):
+            check_views(self.binding, [view for view in given if view != ANY_VIEW], option)
+        parts = [
+            view_rows(self.store, self.binding, view, for_view(taps, view, ()), for_view(wanted, view, ""))
+            for view in self.views
+        ]
         if not allow_partial:
             check_extracted(self.binding, parts)
-        self.failed = sample_names(self.binding, np.concatenate([part.failed for part in parts]))
+        self.failed = {part.view: sample_names(self.binding, part.failed) for part in parts}
         held = np.stack([(part.rows >= 0).any(axis=1) for part in parts], axis=1)
         kept = choose_samples(self.binding, self.views, held, missing)
         parts = [replace(part, rows=part.rows[kept]) for part in parts]
@@ -175,9 +189,9 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         self.target: Target | None = None
         columns = (target,) if isinstance(target, str) else tuple(target or ())
         self.target_config = {"target": list(columns), "task": task, "uncertain": dict(uncertain or {})}
+        self.memory = None if memory == "auto" else memory
         if columns:
-            source = self.binding.manifest_path
-            self.target = read_target(self.table, columns, task=task, uncertain=dict(uncertain or {}), source=source)
+            self.target = find_target(self.binding, self.table, columns, task, dict(uncertain or {}))
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -224,40 +238,75 @@ def find_binding(store: FeatureStore, name: str) -> Binding:
     return store.binding(name)
 
 
-def choose_views(binding: Binding, views: Sequence[str] | None) -> tuple[str, ...]:
-    """The views asked for, checked; all by default."""
+def per_view(option: Any) -> dict[str, Any]:
+    """A value for all views, or a mapping by view, as such a mapping."""
+    if isinstance(option, Mapping):
+        return dict(option)
+    return {ANY_VIEW: option} if option else {}
+
+
+def check_views(binding: Binding, views: Iterable[str], option: str = "--views") -> None:
+    """Refuse a view that the dataset does not have."""
     known = tuple(binding.recipes)
-    for view in views or ():
+    for view in views:
         if view not in known:
             raise InputError(
-                f"dataset {binding.name!r} has no view {view!r}.{did_you_mean(view, known)} It has: {', '.join(known)}."
+                f"{option}: dataset {binding.name!r} has no view {view!r}.{did_you_mean(view, known)} "
+                f"It has: {', '.join(known)}."
             )
-    return tuple(views or known)
 
 
-def view_rows(
-    store: FeatureStore, binding: Binding, view: str, names: tuple[str, ...], recipes: Mapping[str, str]
-) -> ViewRows:
+def choose_views(binding: Binding, views: Sequence[str] | None) -> tuple[str, ...]:
+    """The views asked for, checked; all by default."""
+    check_views(binding, views or ())
+    repeated = sorted({view for view in views or () if (views or ()).count(view) > 1})
+    if repeated:
+        raise InputError(f"--views: {', '.join(repeated)} given twice")
+    return tuple(views or binding.recipes)
+
+
+def view_rows(store: FeatureStore, binding: Binding, view: str, names: tuple[str, ...], recipe: str) -> ViewRows:
     """Rows and taps of one view."""
-    wanted = recipes.get(view, recipes.get("*"))
-    info = store.recipe(wanted or binding.recipes[view])
+    info = store.recipe(recipe or binding.recipes[view])
     shapes = {tap: tuple(kept.shape) for tap, kept in info.taps.items()}
-    if names:
-        chosen = [tap for tap in shapes if tap in names or tap.partition("@")[0] in names]
-        unknown = [name for name in names if not any(name in (tap, tap.partition("@")[0]) for tap in shapes)]
-        if unknown:
-            known = f"{did_you_mean(unknown[0], shapes)} It holds: {', '.join(shapes)}."
-            raise InputError(f"view {view!r}: recipe {info.id} has no tap {unknown[0]!r}.{known}")
-    else:
-        chosen = list(shapes)
-        if len(chosen) > 1:
-            raise InputError(
-                f"view {view!r}: recipe {info.id} holds several taps ({', '.join(chosen)}). Choose with --tap."
-            )
     cells = store.resolve(binding, view, recipe_id=info.id)
     pending, failed = (cells.sample[cells.state == state] for state in ("pending", "failed"))
-    taps = {tap: shapes[tap] for tap in chosen}
+    taps = {tap: shapes[tap] for tap in choose_taps(view, info.id, tuple(shapes), names)}
     return ViewRows(view, info, taps, cells.grid(binding.table.height), pending, failed)
+
+
+def choose_taps(view: str, recipe: str, held: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
+    """The taps of a recipe that are meant, in the order of `names`; without names the only one."""
+    if not names:
+        if len(held) > 1:
+            raise InputError(
+                f"view {view!r}: recipe {recipe} holds several taps ({', '.join(held)}). Choose with --tap."
+            )
+        return list(held)
+    chosen: list[str] = []
+    for name in names:
+        wanted = name.replace(":", "@")
+        found = [tap for tap in held if wanted in (tap, tap.partition("@")[0])]
+        if not found:
+            near = did_you_mean(wanted, [*held, *(tap.partition("@")[0] for tap in held)])
+            raise InputError(f"view {view!r}: recipe {recipe} has no tap {name!r}.{near} It holds: {', '.join(held)}.")
+        chosen += [tap for tap in found if tap not in chosen]
+    return chosen
+
+
+def find_target(
+    binding: Binding, table: pl.DataFrame, columns: tuple[str, ...], task: str, uncertain: Mapping[str, str]
+) -> Target:
+    """The target columns of the samples."""
+    try:
+        return read_target(table, columns, task=task, uncertain=uncertain, source=binding.manifest_path)
+    except InputError as error:
+        long = binding.config.get("manifest", {}).get("layout") == "long"
+        if long and not set(columns) <= set(table.columns):
+            raise InputError(
+                f"{error}\n(long layout: a column that differs between the rows of a sample belongs to none)"
+            ) from None
+        raise
 
 
 def check_extracted(binding: Binding, parts: Sequence[ViewRows]) -> None:
@@ -265,7 +314,12 @@ def check_extracted(binding: Binding, parts: Sequence[ViewRows]) -> None:
     pending = {part.view: len(part.pending) for part in parts if len(part.pending)}
     if pending:
         ids = sample_names(binding, np.concatenate([part.pending for part in parts]))
-        counts = ", ".join(f"{count:,} of view {view!r}" for view, count in pending.items())
+        recipes = {part.view: part.info.id for part in parts}
+        counts = ", ".join(
+            f"{count:,} of view {view!r}"
+            + ("" if recipes[view] == binding.recipes[view] else f" in recipe {recipes[view]}")
+            for view, count in pending.items()
+        )
         raise InputError(
             f"dataset {binding.name!r}: images are not yet extracted ({counts}; samples {short_list(ids)}). "
             "Run `featurecache extract` again to complete it, or take what is there with --allow-partial."

@@ -27,7 +27,7 @@ VIEWS = ("google", "twitter")
 TARGET = "category"
 DATASET = "emoji"
 BODY = {"body": "torchvision/squeezenet1_1", "weights": "shipped", "image_size": 128}  # emoji are 64 px wide
-JOINT = {"epochs": 3, "freeze_epochs": 0, "lr": 1e-3, "body_lr": 1e-4, "batch_size": 32}
+JOINT = {"epochs": 2, "freeze_epochs": 0, "lr": 3e-4, "body_lr": 3e-4, "batch_size": 32, "augment": ("flip",)}
 METRIC = "accuracy"
 RESAMPLES = 1000
 

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from os import cpu_count
 from pathlib import Path
 from typing import Any
 
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers.base import ReadFailure
-from featurecache.jobs import Job, check_replaced, key_array, plan_jobs, remembered_failures, set_up_views
-from featurecache.keys import Cell, Payload, read_payload
+from featurecache.jobs import (
+    Job,
+    check_replaced,
+    plan_jobs,
+    remembered_failures,
+    set_up_views,
+    with_earlier_views,
+)
+from featurecache.keys import Cell, Payload, key_array, read_payload
+from featurecache.producer import cores
 from featurecache.progress import Reporter, Silent
 from featurecache.store.binding import Binding
 from featurecache.store.store import FeatureStore
 
 SPLIT_COLUMN = "split"
+RETRY = "--retry-failed tries again"
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
 class ViewPlan:
-    """What would happen to one view."""
+    """What would happen to one view; `reasons` tells of all images that are not reused, the failing ones too."""
 
     view: str
     engine: str
     images: int = 0
     reused: int = 0
+    failed: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     @property
     def to_compute(self) -> int:
-        """Images that are not reused."""
-        return self.images - self.reused
+        """Images that would be decoded and run through the body."""
+        return self.images - self.reused - self.failed
 
 
 @dataclass
@@ -55,6 +66,7 @@ class Plan:
             "images": sum(plan.images for plan in self.views),
             "reused": sum(plan.reused for plan in self.views),
             "to_compute": sum(plan.to_compute for plan in self.views),
+            "known_failures": sum(plan.failed for plan in self.views),
             "reasons": {plan.view: dict(plan.reasons) for plan in self.views},
             "engines": {plan.view: plan.engine for plan in self.views},
             "duplicates_across_splits": self.duplicates,
@@ -64,9 +76,9 @@ class Plan:
         """As a person reads it."""
         lines = [f"dataset   {self.dataset}: {self.samples:,} samples"]
         for plan in self.views:
-            lines.append(
-                f"view      {plan.view}: reused {plan.reused:,}, to compute {plan.to_compute:,} ({plan.engine})"
-            )
+            failing = f", failing {plan.failed:,}" if plan.failed else ""
+            counts = f"reused {plan.reused:,}, to compute {plan.to_compute:,}{failing}"
+            lines.append(f"view      {plan.view}: {counts} ({plan.engine})")
             lines += [f"            {count:,} {reason}" for reason, count in plan.reasons.most_common()]
         if self.duplicates:
             lines.append(f"warning   {len(self.duplicates)} contents stand on two sides of the split:")
@@ -85,13 +97,13 @@ def plan_extract(config: ExtractConfig, reporter: Reporter | None = None) -> Pla
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
     if not (Path(config.store) / "index.sqlite").exists():
-        jobs, store, previous = plan_jobs(config, manifest, setups, None), None, None
-        return assemble(name, manifest, jobs, store, previous, reporter)
+        return assemble(name, manifest, plan_jobs(config, manifest, setups, None), None, None, config, reporter)
     with FeatureStore.create_or_open(config.store, write=False) as store:
         previous = store.binding(name) if name in store.bindings() else None
         check_replaced(previous, manifest, name, replace=config.replace)
+        with_earlier_views(config, previous, manifest)
         jobs = plan_jobs(config, manifest, setups, store)
-        return assemble(name, manifest, jobs, store, previous, reporter)
+        return assemble(name, manifest, jobs, store, previous, config, reporter)
 
 
 def assemble(
@@ -100,6 +112,7 @@ def assemble(
     jobs: list[Job],
     store: FeatureStore | None,
     previous: Binding | None,
+    config: ExtractConfig,
     reporter: Reporter,
 ) -> Plan:
     """Count per view."""
@@ -107,12 +120,20 @@ def assemble(
     plans = {view: ViewPlan(view, str(job.choice)) for job in jobs for view in job.views}
     keys: dict[int, bytes] = {}
     for job in jobs:
-        reasons = why(job, manifest, store, previous, reporter)
+        failing = hash_cells(job, reporter)
+        before = remembered_failures(job, store) if store is not None else {}
+        again = {index for index, key in job.keys.items() if key in before}
+        if not config.retry_failed:
+            failing |= dict.fromkeys(again, f"failed before ({RETRY})")
+        reasons = dict.fromkeys(again, "failed before") | why(job, manifest, store, previous, failing.keys() | again)
         keys |= job.keys
         for cell in job.cells:
             plan = plans[views[cell.index]]
             plan.images += 1
-            if cell.index in reasons:
+            if cell.index in failing:
+                plan.failed += 1
+                plan.reasons[failing[cell.index]] += 1
+            elif cell.index in reasons:
                 plan.reasons[reasons[cell.index]] += 1
             else:
                 plan.reused += 1
@@ -120,32 +141,27 @@ def assemble(
 
 
 def why(
-    job: Job, manifest: Manifest, store: FeatureStore | None, previous: Binding | None, reporter: Reporter
+    job: Job, manifest: Manifest, store: FeatureStore | None, previous: Binding | None, told: Set[int]
 ) -> dict[int, str]:
-    """For each cell that would be computed, the reason: {cell index: reason}."""
-    reasons = dict.fromkeys(job.failures, "failed before (--retry-failed tries again)")
-    unread = hash_cells(job, reporter)
-    reasons |= unread
-    pending = [cell for cell in job.todo if cell.index not in unread]
-    found = [False] * len(pending)
-    if store is not None and pending and job.recipe.id in {info.id for info in store.recipes()}:
-        found = [row >= 0 for row in store.rows(job.recipe.id, key_array([job.keys[cell.index] for cell in pending]))]
-    failed_before = remembered_failures(store, job.recipe.id) if store is not None else {}
+    """For each cell that would be computed, the reason: {cell index: reason}; cells in `told` have theirs already."""
+    pending = [cell for cell in job.todo if cell.index not in told]
+    keys = [job.keys[cell.index] for cell in pending]
+    held = [False] * len(pending)
+    if store is not None and pending and job.info is not None:
+        held = (store.rows(job.recipe.id, key_array(keys)) >= 0).tolist()
     changed = recipe_changes(job, store, previous)
     earlier = earlier_keys(previous)
     cells = manifest.cells.select("sample", "view", "ordinal").rows()
     ids = manifest.table["sample_id"].to_list()
+    reasons: dict[int, str] = {}
     first: set[bytes] = set()
-    for cell, held in zip(pending, found, strict=True):
-        key = job.keys[cell.index]
-        if held or key in first:
+    for cell, key, known in zip(pending, keys, held, strict=True):
+        if known or key in first:
             continue
         first.add(key)  # equal content is computed once
         sample, view, ordinal = cells[cell.index]
         before = earlier.get((ids[sample], view, ordinal))
-        if key in failed_before:
-            reasons[cell.index] = "failed before (--retry-failed tries again)"
-        elif before is not None and before != key:
+        if before is not None and before != key:
             reasons[cell.index] = "bytes changed"
         elif before is not None and changed.get(view):
             reasons[cell.index] = f"recipe changed: {changed[view]}"
@@ -164,7 +180,7 @@ def hash_cells(job: Job, reporter: Reporter) -> dict[int, str]:
         payload = read_payload(cell)
         return payload if isinstance(payload, ReadFailure) else Payload(b"", payload.key, None)
 
-    with ThreadPoolExecutor(cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for cell, payload in zip(job.todo, pool.map(key_of, job.todo), strict=True):
             reporter.advance(task)
             if isinstance(payload, ReadFailure):
@@ -197,9 +213,9 @@ def recipe_changes(job: Job, store: FeatureStore | None, previous: Binding | Non
 
 
 def short(value: Any) -> str:
-    """A value of a recipe in a few characters."""
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "…"
+    """A value of a recipe in a few characters: a digest by its first, anything else whole."""
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}…" if DIGEST.fullmatch(text) else text
 
 
 def duplicates_across_splits(manifest: Manifest, keys: Mapping[int, bytes]) -> list[str]:

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+
+from featurecache.data.manifest import read_manifest
 from featurecache.data.splits import sample_groups
-from featurecache.data.targets import read_target
-from featurecache.predict import NewSamples, Scored, score_samples
+from featurecache.data.targets import Target, read_target
+from featurecache.errors import InputError
+from featurecache.newsamples import NewSamples, is_table, manifest_config
+from featurecache.predict import Scored, score_samples
 from featurecache.progress import Reporter
 from featurecache.record import dump_json
 from featurecache.results import make_predictions, measure
@@ -19,6 +25,7 @@ from featurecache.run import Run
 
 FOLDER = "evaluations"
 SPLIT = "test"  # new samples are all test samples
+NO_THRESHOLD = {"value": None}
 
 
 @dataclass(frozen=True)
@@ -39,41 +46,57 @@ def evaluate(
     of what an earlier evaluation of that name left.
 
     Raises:
-        InputError: the manifest lacks the target, or holds a class that the run does not know.
+        InputError: no manifest was given, it lacks the target, or holds a class that the run does not know.
         RecipeMismatchError: see `predict`.
     """
+    if len(new.sources) != 1 or not is_table(new.sources[0]):
+        raise InputError(
+            f"{new.sources[0]}: labels are needed: give a manifest or a folder with a sub-folder per class"
+        )
+    table, target = read_labels(run, new)  # before anything is computed
     scored = score_samples(run, new, reporter)
-    recorded = run.record["target_config"]
-    target = read_target(
-        scored.table,
-        run.targets,
-        task=run.task,
-        uncertain=recorded.get("uncertain", {}),
-        source=Path(new.sources[0]).name,
-        classes=run.classes or None,
-    )
-    group = run.record["split"].get("group")
-    groups = sample_groups(scored.table, group if group in scored.table.columns else None)
+    row_of = {name: row for row, name in enumerate(table["sample_id"].to_list())}
+    target = target.subset(np.array([row_of[name] for name in scored.sample_ids.tolist()], dtype=np.int64))
+    if not target.known.any():
+        raise InputError(f"{new.sources[0]}: no sample with a label has an image that can be read")
+    group = (run.record.get("split") or {}).get("group")
     predictions = make_predictions(
         target,
         scored.scores,
         sample_ids=scored.sample_ids,
-        groups=groups,
+        groups=sample_groups(scored.table, group if group in scored.table.columns else None),
         splits=[SPLIT] * len(scored.sample_ids),
         views=run.views,
         present=scored.present,
     )
-    metrics = measure(predictions, run.threshold, bootstrap=bootstrap, seed=seed)
-    path = run.path / FOLDER / Path(new.sources[0]).stem
+    threshold = run.threshold or NO_THRESHOLD
+    metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
+    source = Path(os.path.abspath(new.sources[0]))
+    path = run.path / FOLDER / source.stem
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
         made = Path(scratch) / path.name
         made.mkdir()
-        predictions.table(run.threshold["value"] if run.threshold else None).write_csv(made / "predictions.csv")
+        predictions.table(threshold["value"]).write_csv(made / "predictions.csv")
         (made / "metrics.json").write_text(dump_json(metrics), encoding="utf-8")
-        figures = {"manifest": Path(new.sources[0]).name, "n": len(scored.sample_ids), "failed": scored.failures}
+        figures = {"manifest": source.name, "n": len(scored.sample_ids), "failed": scored.failures}
         (made / "evaluation.json").write_text(dump_json({"schema": 1, **figures}), encoding="utf-8")
         if path.exists():
             shutil.rmtree(path)
         os.replace(made, path)
     return Evaluation(path, metrics, scored)
+
+
+def read_labels(run: Run, new: NewSamples) -> tuple[pl.DataFrame, Target]:
+    """The table of the new samples and the run's target in it."""
+    with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
+        table = read_manifest(manifest_config(run, new, Path(scratch))).table
+    target = read_target(
+        table,
+        run.targets,
+        task=run.task,
+        uncertain=(run.record.get("target_config") or {}).get("uncertain", {}),
+        source=Path(new.sources[0]).name,
+        classes=run.classes or None,
+    )
+    return table, target

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from featurecache.bodies.engines import Engine, choose_batch_size, make_engine, resolve_device
@@ -20,26 +18,28 @@ from featurecache.canary import check_canary, sing, versions
 from featurecache.committer import Committer, Learnt
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import read_manifest
-from featurecache.errors import FeatureCacheError, InputError
+from featurecache.errors import FeatureCacheError, InputError, StoreError
 from featurecache.jobs import (
     Job,
     check_replaced,
-    key_array,
     list_failures,
     make_binding,
     plan_jobs,
     remembered_failures,
     set_up_views,
+    stored,
     with_earlier_views,
+    write_failures,
 )
-from featurecache.producer import Claims, Item, Seconds, produce
+from featurecache.keys import key_array
+from featurecache.producer import Claims, Clock, Item, Seconds, cores, one_line, produce
 from featurecache.progress import Reporter, Silent
 from featurecache.store.store import FeatureStore, RecipeInfo
 
 TRIAL_FROM = 256  # images; below that a trial of batch sizes costs more than it saves
 SMALL_BATCH = 16
 IN_FLIGHT = 2  # batches that the device has and that are not yet collected
-FAILURE_COLUMNS = ("sample_id", "view", "path", "error")
+READ_RATE = 500e6  # bytes/s at which a local disk gives features back
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Summary:
         return self.computed / max(self.seconds["seconds_total"], 1e-9)
 
     def to_json(self) -> dict[str, Any]:
-        """Flat figures."""
+        """Flat figures; which samples failed is told beside them, as `failed`."""
         return {
             "dataset": self.dataset,
             "samples": self.samples,
             "images": self.images,
             "computed": self.computed,
             "reused": self.reused,
-            "failed": self.failed,
+            "n_failed": self.failed,
             "images_per_second": round(self.images_per_second, 2),
             "bytes": self.bytes_written,
             "recipes": self.recipes,
@@ -99,10 +99,10 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
     """
     start = time.perf_counter()
     reporter = reporter or Silent()
+    check_numbers(config)
     manifest = read_manifest(config)
-    requested = manifest.views
     name = config.name or manifest.path.stem
-    setups = set_up_views(config, requested)
+    setups = set_up_views(config, manifest.views)
     with FeatureStore.create_or_open(config.store, write=True) as store:
         previous = store.binding(name) if name in store.bindings() else None
         check_replaced(previous, manifest, name, replace=config.replace)
@@ -110,38 +110,47 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
         if merged is not config:
             manifest = read_manifest(merged)
         jobs = plan_jobs(config, manifest, setups, store)
-        seconds, before = Seconds(), stored_bytes(store)
+        seconds = Seconds()
         work = [Extraction(job, config, store, seconds, reporter) for job in jobs]
+        for extraction in work:
+            extraction.check_space()
         for extraction in work:  # every recipe is in the store before the first row: a binding needs them all
             extraction.prepare()
         try:
             for extraction in work:
                 extraction.run()
         finally:  # also on Ctrl-C: what was committed is bound, so that the next run goes on from there
-            store.bind(make_binding(name, manifest, merged, jobs, store, previous), replace=True)
+            earlier = None if config.replace else previous
+            store.bind(make_binding(name, manifest, merged, jobs, earlier), replace=True)
         failures = list_failures(manifest, jobs)
         write_failures(Path(config.store) / "failures.csv", failures)
-        images = sum(len(job.cells) for job in jobs)
         computed = sum(job.computed for job in jobs)
         return Summary(
             dataset=name,
             store=str(config.store),
             samples=manifest.table.height,
-            images=images,
+            images=sum(len(job.cells) for job in jobs),
             computed=computed,
-            reused=images - computed - len(failures),
+            reused=sum(len(job.done) for job in jobs) - computed,
             failed=len(failures),
             seconds={**seconds.to_json(), "seconds_total": round(time.perf_counter() - start, 3)},
-            bytes_written=stored_bytes(store) - before,
+            bytes_written=sum(extraction.bytes_written for extraction in work),
             recipes={view: job.recipe.id for job in jobs for view in job.views},
             engines={view: str(job.choice) for job in jobs for view in job.views},
             failures=failures,
         )
 
 
-def stored_bytes(store: FeatureStore) -> int:
-    """Bytes of all committed chunks."""
-    return sum(info.bytes for info in store.recipes())
+def check_numbers(config: ExtractConfig) -> None:
+    """Refuse counts that can't be.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name in ("batch_size", "workers", "rows_per_chunk"):
+        value = getattr(config, name)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
 class Extraction:
@@ -152,46 +161,73 @@ class Extraction:
     ) -> None:
         self.job, self.config, self.store = job, config, store
         self.seconds, self.reporter, self.task = seconds, reporter, "+".join(job.views)
-        self.info: RecipeInfo | None = {info.id: info for info in store.recipes()}.get(job.recipe.id)
         self.engine: Engine | None = None
         self.committer: Committer | None = None
         self.learnt = Learnt(store)
-        self.batch_size = SMALL_BATCH
-        self.known_failures = {} if config.retry_failed else remembered_failures(store, job.recipe.id)
+        self.batch_size = SMALL_BATCH if config.batch_size == "auto" else config.batch_size
+        self.bytes_written = 0
+        # Contents that are not tried (again) in this run, with the reason; those that may be remembered.
+        self.failed: dict[bytes, str] = {} if config.retry_failed else remembered_failures(job, store)
+        self.memorable: set[bytes] = set()
+        self.clock = Clock()
+
+    def check_space(self) -> None:
+        """Say how much will be written, and refuse to start what can't end.
+
+        Raises:
+            StoreError: the features would not fit on the store's file system.
+        """
+        job, images = self.job, len(self.job.todo)
+        if not images:
+            return
+        # Rows that none of the recognised cells stand for may belong to those that are to be read: files that moved.
+        known = {job.keys[index] for index in job.done}
+        new = max(0, images - (job.info.rows - len(known) if job.info is not None else 0))
+        needed, free = job.row_bytes * new, shutil.disk_usage(self.config.store).free
+        self.reporter.note(f"{self.task}: {images:,} images to do, about {needed / 1e6:,.1f} MB of features to write")
+        if needed > free:
+            raise StoreError(
+                f"{new:,} images at {job.row_bytes:,} bytes need {needed / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are "
+                f"free where {self.config.store} lies. Pool the taps (NAME:avg), store float16, or use another disk."
+            )
 
     def prepare(self) -> None:
-        """Check the space, and put a recipe that the store does not have there. A known one needs no engine yet."""
-        if self.job.todo:
-            self.check_space()
-        if self.info is None:
-            self.engine = self.start_engine()
+        """Put a recipe that the store does not have there. A known one needs no engine yet."""
+        self.stop_if_asked()
+        if self.job.info is None:
+            self.start_engine()
 
     def run(self) -> None:
-        """Work through the cells that are to do; whatever happens, what was complete is committed."""
+        """Work through the cells that are to do; whatever happens, what was complete is committed.
+
+        Raises:
+            FeatureCacheError: a cell failed and the user wants to stop at the first failure.
+        """
         job = self.job
-        workers = (os.cpu_count() or 1) if self.config.workers == "auto" else self.config.workers
-        rows_before = self.store.recipe(job.recipe.id).rows
-        self.reporter.begin(self.task, len(job.cells))
-        self.reporter.advance(self.task, len(job.cells) - len(job.todo))
+        assert job.info is not None  # prepare has seen to it
+        before = job.info
+        workers = cores() if self.config.workers == "auto" else self.config.workers
+        self.reporter.begin(self.task, len(job.todo))
         items = produce(
             job.todo,
             job.setup.reader,
             job.setup.preprocessing,
             Claims(self.is_known),
             workers=workers,
-            ahead=4 * workers + 64,
+            ahead=lambda: IN_FLIGHT * self.batch_size + 4 * workers,
             seconds=self.seconds,
         )
         try:
             self.feed(items)
         finally:
-            items.close()
             try:
+                items.close()
                 if self.committer is not None:
                     self.committer.close()
             finally:
-                self.finish(rows_before)
+                self.finish(before)
                 self.reporter.end(self.task)
+        self.stop_if_asked()
 
     def feed(self, items: Iterator[Item]) -> None:
         """Batches to the device, and from it to the writer, a few in flight."""
@@ -201,10 +237,6 @@ class Extraction:
             if item.image is None:
                 self.settle(item)
                 continue
-            if self.engine is None:  # made for the first image that needs it: a run that reuses all makes none
-                self.engine = self.start_engine()
-            if self.committer is None:
-                self.committer = Committer(self.store, self.job.recipe.id, self.seconds)
             batch.append(item)
             if len(batch) >= self.batch_size:
                 flying.append((batch, self.submit(batch)))
@@ -218,27 +250,34 @@ class Extraction:
 
     def is_known(self, key: bytes) -> bool:
         """Whether a key has a row, or failed before and is not to be tried again."""
-        if key in self.known_failures:
+        if key in self.failed:
             return True
+        if self.job.info is None or not self.job.info.rows:  # a new recipe: rows of this run are claimed already
+            return False
         return bool(self.store.rows(self.job.recipe.id, key_array([key]))[0] >= 0)
 
     def start_engine(self) -> Engine:
         """Make the engine, choose the batch size, check or record the canary."""
-        job, setup, config = self.job, self.job.setup, self.config
+        job, setup, config, choice = self.job, self.job.setup, self.config, self.job.choice
         device = resolve_device(config.device)
-        engine = make_engine(
-            setup.tapped(), setup.preprocessing, engine=job.choice.engine, precision=job.choice.precision, device=device
-        )
-        names = [tap.name for tap in setup.taps]
-        song = sing(engine, setup.reader, setup.preprocessing, names)
-        if config.batch_size != "auto":
-            self.batch_size = config.batch_size
-        elif len(job.todo) >= TRIAL_FROM:
+        try:
+            engine = make_engine(
+                setup.tapped(), setup.preprocessing, engine=choice.engine, precision=choice.precision, device=device
+            )
+        except InputError as error:
+            if not choice.held:
+                raise
+            raise InputError(
+                f"{self.task}: {choice.reason} ({choice.engine}, {choice.precision}), but that can't run here: {error} "
+                "Use a machine that can, or give --engine and --precision to compute everything anew."
+            ) from error
+        song = sing(engine, setup.reader, setup.preprocessing, [tap.name for tap in setup.taps])
+        if job.info is not None:
+            check_canary(song, job.info.canary or {}, choice.precision, job.info.recorded, job.recipe.id)
+        if config.batch_size == "auto" and len(job.todo) >= TRIAL_FROM:
             self.batch_size = choose_batch_size(engine, setup.size, setup.preprocessing.channels)
-        if self.info is not None:
-            check_canary(song, self.info.canary or {}, job.choice.precision, dict(self.info.recorded), job.recipe.id)
-        else:
-            self.info = self.store.add_recipe(
+        if job.info is None:
+            job.info = self.store.add_recipe(
                 job.recipe,
                 {tap.name: (tap.shape, tap.dims) for tap in setup.taps},
                 codec=config.codec,
@@ -252,45 +291,58 @@ class Extraction:
                     "body": setup.body.name,
                 },
             )
+        self.engine = engine
         return engine
 
-    def check_space(self) -> None:
-        """Say how much will be written, and refuse to start what can't end.
-
-        Raises:
-            InputError: the features would not fit on the store's file system.
-        """
-        itemsize = np.dtype(self.config.store_dtype).itemsize
-        row = sum(int(np.prod(tap.shape)) for tap in self.job.setup.taps) * itemsize
-        images = len(self.job.todo)
-        needed, free = row * images, shutil.disk_usage(self.config.store).free
-        self.reporter.note(f"{self.task}: {images:,} images to do, up to {needed / 1e6:,.1f} MB of features to write")
-        if needed > free:
-            raise InputError(
-                f"{images:,} images at {row:,} bytes need {needed / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are free "
-                f"where {self.config.store} lies. Pool the taps (NAME:avg), store float16, or use another disk."
-            )
-
     def submit(self, batch: list[Item]) -> Any:
-        """Give a batch to the device."""
-        assert self.engine is not None
-        start = time.perf_counter()
-        handle = self.engine.submit(torch.stack([item.image for item in batch if item.image is not None]))
-        self.seconds.add("compute", time.perf_counter() - start)
-        return handle
+        """Give a batch to the device; the engine is made for the first, so that a run that reuses all makes none."""
+        engine = self.engine or self.start_engine()
+        images = torch.stack([item.image for item in batch if item.image is not None])
+        with self.computing(len(batch)):
+            return engine.submit(images)
 
     def collect(self, batch: list[Item], handle: Any) -> None:
         """Take a batch's features from the device to the writer."""
         assert self.engine is not None
-        assert self.committer is not None
-        start = time.perf_counter()
-        arrays = self.engine.collect(handle)
-        self.seconds.add("compute", time.perf_counter() - start)
+        with self.computing(len(batch)):
+            arrays = self.engine.collect(handle)
+        if self.committer is None:
+            self.committer = Committer(self.store, self.job.recipe.id, self.seconds)
         names = [tap.name for tap in self.job.setup.taps]
         keys = [item.key for item in batch if item.key is not None]
         self.committer.put(key_array(keys), dict(zip(names, arrays, strict=True)))
         for item in batch:
             self.settle(item)
+        if self.committer.refused:
+            self.spread_failures()
+            self.stop_if_asked()
+        if self.clock.tick(len(batch)) and self.clock.per_image < self.job.row_bytes / READ_RATE:
+            self.reporter.note(
+                f"{self.task}: reading {self.job.row_bytes / 1e6:,.1f} MB an image back takes longer than computing "
+                f"it ({self.clock.per_image * 1e3:,.1f} ms). Pool the taps (NAME:avg), or tap a later module."
+            )
+
+    @contextmanager
+    def computing(self, images: int) -> Iterator[None]:
+        """Time the device; what goes wrong there is told in words.
+
+        Raises:
+            FeatureCacheError: the body, or the device, failed on a batch.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        except FeatureCacheError:
+            raise
+        except Exception as error:
+            body, text = self.job.setup.body.name, one_line(error)
+            memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
+            advice = f" Give a --batch-size below {self.batch_size}." if memory and self.batch_size > 1 else ""
+            raise FeatureCacheError(
+                f"{self.task}: {body} failed on a batch of {images} images: {type(error).__name__}: {text}{advice}"
+            ) from error
+        finally:
+            self.seconds.add("compute", time.perf_counter() - start)
 
     def settle(self, item: Item) -> None:
         """Note what became of a cell.
@@ -305,37 +357,41 @@ class Extraction:
             job.keys[index] = item.key
         if failure is not None:
             job.failures[index] = failure.message
-            if item.key is not None and failure.deterministic:
-                self.known_failures[item.key] = failure.message
-            if self.config.on_error == "stop":
-                raise FeatureCacheError(f"{item.cell.value}: {failure.message} (stopped, as --on-error stop asks)")
+            if item.key is not None:
+                self.failed[item.key] = failure.message
+                if failure.deterministic:
+                    self.memorable.add(item.key)
+            self.stop_if_asked()
         self.reporter.advance(self.task, 1, status=f"{len(job.failures)} failed" if job.failures else "")
 
-    def finish(self, rows_before: int) -> None:
-        """Write down what was learnt, and tell every cell of a failed content that it failed."""
-        job = self.job
+    def stop_if_asked(self) -> None:
+        """End the run at its first failure, where the user wants that."""
+        if self.config.on_error == "stop" and self.job.failures:
+            index, message = next(iter(self.job.failures.items()))
+            name = next(cell.value for cell in self.job.cells if cell.index == index)
+            raise FeatureCacheError(f"{name}: {message} (stopped, as --on-error stop asks)")
+
+    def spread_failures(self) -> None:
+        """Tell every cell of a failed content that it failed: of what the writer refused, and equal content."""
         if self.committer is not None:
-            self.known_failures |= self.committer.refused
-        reader = f"{job.setup.reader.name}/{job.setup.reader.version}"
-        known = remembered_failures(self.store, job.recipe.id)
-        for key, message in self.known_failures.items():
-            if known.get(key) != message:
-                self.learnt.failure(job.recipe.id, key, reader, message)
+            self.failed |= self.committer.refused
+            self.memorable |= self.committer.refused.keys()
+        if self.failed:
+            for index, key in self.job.keys.items():
+                if key in self.failed:
+                    self.job.failures[index] = self.failed[key]
+
+    def finish(self, before: RecipeInfo) -> None:
+        """Write down what was learnt, and count."""
+        job = self.job
+        self.spread_failures()
+        for key in self.memorable:
+            self.learnt.failure(job.recipe.id, key, job.reader_id, self.failed[key])
         self.learnt.flush()
-        for index, key in job.keys.items():
-            if key in self.known_failures:
-                job.failures[index] = self.known_failures[key]
-        job.computed = self.store.recipe(job.recipe.id).rows - rows_before
-
-
-def write_failures(path: Path, failures: list[dict[str, str]]) -> None:
-    """STORE/failures.csv of the latest run; removed when nothing failed."""
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, FAILURE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(failures)
-    os.replace(temporary, path)
+        self.engine = None  # its memory is the next job's
+        if self.committer is not None:
+            job.info = self.store.recipe(job.recipe.id)
+            job.computed = job.info.rows - before.rows
+            self.bytes_written = job.info.bytes - before.bytes
+        if job.todo:
+            job.done = stored(job, self.store)

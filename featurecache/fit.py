@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.bodies.registry import RUN_PREFIX
 from featurecache.config import FitConfig, SplitConfig
 from featurecache.data.splits import make_splits, sample_groups
 from featurecache.dataset import FeatureDataset
@@ -27,9 +30,13 @@ NUMERIC_FIELDS = ("engine", "precision", "fold", "storage_dtype")
 class HeadRun(Run):
     """A run that holds a fitted head."""
 
-    @property
+    @cached_property
     def head(self) -> Head:
-        """The fitted head."""
+        """The fitted head.
+
+        Raises:
+            RunError: its files are damaged.
+        """
         return load_head(self.path)
 
     @property
@@ -40,10 +47,13 @@ class HeadRun(Run):
     def predict_proba(self, dataset: FeatureDataset) -> NDArray[np.float64]:
         """Scores of a dataset's samples: (n, classes) or (n, labels) probabilities, for regression (n, targets) values.
 
+        Warns where features differ in engine, precision or storage dtype alone.
+
         Raises:
             RecipeMismatchError: its features are of another recipe; names the fields that differ.
         """
-        check_recipes(self, dataset)
+        for note in check_recipes(self, dataset):
+            warnings.warn(note, stacklevel=2)
         return self.head.score_rows(dataset.features)
 
 
@@ -61,7 +71,7 @@ def load_head_run(path: str | Path) -> HeadRun:
 
 
 def check_recipes(run: HeadRun, dataset: FeatureDataset) -> list[str]:
-    """Compare the recipes of a dataset with those that a head was fitted on.
+    """Compare the features of a dataset with those that a head was fitted on.
 
     Returns:
         A note per view whose features differ in engine, precision or storage dtype alone.
@@ -69,26 +79,42 @@ def check_recipes(run: HeadRun, dataset: FeatureDataset) -> list[str]:
     Raises:
         RecipeMismatchError: anything else differs, or a view or tap is lacking.
     """
-    notes, problems = [], []
     expected = [(block.view, block.tap, block.shape) for block in run.head.blocks_]
     found = [(block.view, block.tap, block.shape) for block in dataset.blocks]
     if expected != found:
-        problems.append(f"the head expects {list_blocks(expected)}; the dataset has {list_blocks(found)}")
+        raise RecipeMismatchError(
+            f"{run.path}: the head expects {list_blocks(expected)}; the dataset has {list_blocks(found)}"
+        )
+    return compare_recipes(run, dataset.recipes)
+
+
+def compare_recipes(run: HeadRun, recipes: Mapping[str, Recipe]) -> list[str]:
+    """The same for recipes by view, whatever other taps they hold."""
+    notes, problems = [], []
     for view, recipe in run.view_recipes.items():
-        given = dataset.recipes.get(view)
-        if given is None or given.base == recipe.base:
-            continue
-        differences = [item for item in recipe.differences(given) if not item[0].startswith("taps")]
-        serious = [item for item in differences if item[0].partition(".")[0] not in NUMERIC_FIELDS]
-        text = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in serious or differences)
-        (problems if serious else notes).append(f"view {view!r}: {text}")
+        serious, numeric = recipe_differences(recipe, recipes[view])
+        if serious:
+            problems.append(f"view {view!r}: {serious}")
+        elif numeric:
+            notes.append(f"view {view!r}: features differ from those that the head was fitted on in {numeric}")
     if problems:
         raise RecipeMismatchError.from_problems(
-            f"{run.path}: fitted on features of another recipe. Extract these samples with the run's own body and "
-            "preprocessing (featurecache predict does)",
+            f"{run.path}: fitted on features of another recipe (then -> now). Use the run's own bodies, weights and "
+            "preprocessing: `featurecache predict` does, and --body and --weights say where they are",
             problems,
         )
     return notes
+
+
+def recipe_differences(then: Recipe, now: Recipe) -> tuple[str, str]:
+    """What differs but for the taps: in fields that change what features mean, and in those that only round."""
+    if then.base == now.base:
+        return "", ""
+    differences = [item for item in then.differences(now) if not item[0].startswith("taps")]
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for name, old, new in differences:
+        parts[name.partition(".")[0] in NUMERIC_FIELDS].append(f"{name} {old!r} -> {new!r}")
+    return ", ".join(parts[False]), ", ".join(parts[True])
 
 
 def list_blocks(blocks: list[tuple[str, str, tuple[int, ...]]]) -> str:
@@ -143,9 +169,11 @@ def fit_head(
     divide = SplitConfig.create(
         {"split": split, "group": group, "seed": seed, "valid": valid, "test": test}, source="split"
     )
-    estimator = get_head(head)(settings or {}, seed=seed, device=torch_device(device))
-    splits = make_splits(dataset.table, target, divide, content=dataset.content)
+    estimator = get_head(head)(settings or {}, seed=seed, device=torch_device(device), memory=dataset.memory)
+    source = dataset.binding.manifest_path
+    splits = make_splits(dataset.table, target, divide, content=dataset.content, source=source)
     groups = sample_groups(dataset.table, divide.group)
+    unread = {name for ids in dataset.failed.values() for name in ids} - set(dataset.sample_ids.tolist())
     path = Path(out) if out is not None else default_run_path(dataset.binding.name, target.names, head)
     with RunWriter(path, kind="head", overwrite=overwrite) as writer:
         start = time.perf_counter()
@@ -182,12 +210,13 @@ def fit_head(
                 "binding": {"dataset": dataset.binding.name, "digest": dataset.binding.digest},
                 "split": divide.model_dump(mode="json"),
                 "tap": {view: [b.tap for b in dataset.blocks if b.view == view] for view in dataset.views},
-                "body_config": {**dataset.binding.config["body"], "seed": dataset.binding.config["seed"]},
-                "manifest_config": dataset.binding.config["manifest"],
+                "body_config": body_options(dataset),
+                "manifest_config": dict(dataset.binding.config.get("manifest", {})),
                 "target_config": dataset.target_config,
                 "seconds_fit": seconds,
-                "n_dropped": dataset.n_dropped,
-                "n_failed": len(dataset.failed),
+                "n_dropped": dataset.n_dropped - len(unread),
+                "n_failed": len(unread),
+                "failed_views": {view: len(ids) for view, ids in dataset.failed.items() if ids},
             },
         )
     return HeadRun(run.path, run.record)
@@ -200,8 +229,8 @@ def fit_from_config(config: FitConfig, *, command: str = "", reporter: Reporter 
         dataset=config.dataset,
         target=config.target,
         views=config.views or None,
-        tap=config.tap,
-        recipe=config.recipe,
+        tap=config.tap or None,
+        recipe=config.recipe or None,
         task=config.task,
         uncertain=config.uncertain,
         missing=config.missing,
@@ -246,6 +275,24 @@ def fit_rows(head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], repo
     valid = fold("valid")
     head.fit(fold("train"), valid if len(valid) else None, progress=told)
     reporter.end(task)
+
+
+def body_options(dataset: FeatureDataset) -> dict[str, Any]:
+    """How the dataset's bodies were named, so that new samples can go through them; `predict` finds the files again."""
+    config = dataset.binding.config
+    options = dict(config.get("body", {}))
+    for option, prefix in (("weights", ""), ("body", RUN_PREFIX)):
+        options[option] = {
+            view: absolute(value, prefix) for view, value in options.get(option, {}).items() if view in dataset.views
+        }
+    return {**options, "seed": config.get("seed")}
+
+
+def absolute(value: str, prefix: str) -> str:
+    """A path as it will be found from elsewhere (the record makes it relative to the run), any other name as it is."""
+    path = Path(value.removeprefix(prefix))
+    there = value.startswith(prefix) and (path.is_dir() if prefix else path.is_file())
+    return f"{prefix}{path.resolve()}" if there else value
 
 
 def recorded_recipes(dataset: FeatureDataset) -> dict[str, dict[str, Any]]:

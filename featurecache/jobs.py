@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from featurecache.config import BodyConfig, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
-from featurecache.keys import Cell, present_cells, unchanged
+from featurecache.keys import Cell, key_array, last_keys, present_cells, unchanged
 from featurecache.store.binding import Binding
 from featurecache.store.recipe import Recipe
-from featurecache.store.store import FeatureStore
+from featurecache.store.store import FeatureStore, RecipeInfo
 from featurecache.viewsetup import EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
+
+# What decides how a manifest is read as a whole: views that are read in different ways can't stand in one dataset.
+WHOLE = ("layout", "view_column", "path_column", "multi", "id", "root")
+FAILURE_COLUMNS = ("sample_id", "view", "path", "error")
 
 
 @dataclass
 class Job:
-    """The cells of all views that share one recipe, and what is known of them."""
+    """The cells of all views that share one recipe, and what is known of them.
+
+    Attributes:
+        setup: of the first of its views; the others differ in nothing but their name.
+        choice: of the engine, with the reason.
+        recipe: what the features depend on; may hold more taps than were asked for.
+        views: that share it.
+        info: the recipe as the store has it, None where it has not.
+        cells: all that hold an image.
+        keys: cell index -> key, where known.
+        done: indices of the cells that have a row.
+        todo: cells to be worked on; their content may turn out to be known.
+        failures: cell index -> reason.
+        computed: rows that this run added.
+    """
 
     setup: ViewSetup
     choice: EngineChoice
     recipe: Recipe
     views: list[str]
+    info: RecipeInfo | None = None
     cells: list[Cell] = field(default_factory=list)
-    keys: dict[int, bytes] = field(default_factory=dict)  # cell index -> key, where known
+    keys: dict[int, bytes] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
     todo: list[Cell] = field(default_factory=list)
-    failures: dict[int, str] = field(default_factory=dict)  # cell index -> reason
+    failures: dict[int, str] = field(default_factory=dict)
     computed: int = 0
+
+    @property
+    def reader_id(self) -> str:
+        """Name and version of the reader."""
+        return f"{self.setup.reader.name}/{self.setup.reader.version}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one image's features take in the store."""
+        values = sum(math.prod(tap.shape) for tap in self.setup.taps)
+        return values * np.dtype(self.recipe.storage_dtype).itemsize
 
 
 def set_up_views(config: ExtractConfig, views: tuple[str, ...]) -> dict[str, ViewSetup]:
@@ -49,51 +83,58 @@ def plan_jobs(
     for view, setup in setups.items():
         choice = choose_engine(config, setup, store)
         recipe = setup.recipe(engine=choice.engine, precision=choice.precision, storage_dtype=config.store_dtype)
-        held = max(store.find(recipe) if store is not None else [], key=lambda info: info.rows, default=None)
+        cells = present_cells(manifest.cells, view)
+        held = best_held(recipe, cells, store) if store is not None else None
         if held is not None and held.recipe.digest != recipe.digest:
             # A group with more taps serves as well, and stays complete: what it lacks is computed with all.
             setup, recipe = with_taps_of(setup, held.recipe), held.recipe
-        job = jobs.setdefault(recipe.digest, Job(setup, choice, recipe, []))
+        job = jobs.setdefault(recipe.digest, Job(setup, choice, recipe, [], held))
         job.views.append(view)
-        job.cells += present_cells(manifest.cells, view)
+        job.cells += cells
     for job in jobs.values():
-        look_up(job, store, check=config.check, retry_failed=config.retry_failed)
+        if store is not None:
+            look_up(job, store, check=config.check, retry_failed=config.retry_failed)
+        else:
+            job.todo = list(job.cells)
     return list(jobs.values())
 
 
-def look_up(job: Job, store: FeatureStore | None, *, check: str, retry_failed: bool) -> None:
-    """Fill `keys`, `todo` and the failures that are remembered."""
-    job.keys = unchanged(job.cells, store) if store is not None and check == "stat" else {}
-    done = stored(job, store)
-    remembered = {} if retry_failed or store is None else remembered_failures(store, job.recipe.id)
-    job.todo = []
+def best_held(recipe: Recipe, cells: list[Cell], store: FeatureStore) -> RecipeInfo | None:
+    """The recipe of the store that holds all taps and most of these images; the very same if others hold no more."""
+    found = store.find(recipe)
+    if len(found) < 2:
+        return found[0] if found else None
+    keys = key_array(list(last_keys(cells, store).values()))
+    return max(found, key=lambda info: int((store.rows(info.id, keys) >= 0).sum()))
+
+
+def look_up(job: Job, store: FeatureStore, *, check: str, retry_failed: bool) -> None:
+    """Fill `keys`, `done`, `todo` and the failures that are remembered."""
+    job.keys = unchanged(job.cells, store) if check == "stat" else {}
+    job.done = stored(job, store)
+    remembered = {} if retry_failed else remembered_failures(job, store)
     for cell in job.cells:
         key = job.keys.get(cell.index)
         if key is not None and key in remembered:
             job.failures[cell.index] = remembered[key]
-        elif cell.index not in done:
+        elif cell.index not in job.done:
             job.todo.append(cell)
 
 
-def stored(job: Job, store: FeatureStore | None) -> set[int]:
+def stored(job: Job, store: FeatureStore) -> set[int]:
     """Indices of the cells whose key is known and has a row."""
-    if store is None or not job.keys or job.recipe.id not in {info.id for info in store.recipes()}:
+    if job.info is None or not job.keys:
         return set()
     indices = np.fromiter(job.keys, dtype=np.int64, count=len(job.keys))
     rows = store.rows(job.recipe.id, key_array(list(job.keys.values())))
     return set(indices[rows >= 0].tolist())
 
 
-def remembered_failures(store: FeatureStore, recipe_id: str) -> dict[bytes, str]:
+def remembered_failures(job: Job, store: FeatureStore) -> dict[bytes, str]:
     """Deterministic failures of earlier runs: {key: reason}."""
-    if recipe_id not in {info.id for info in store.recipes()}:
+    if job.info is None:
         return {}
-    return {key: message for key, (_, message) in store.failures(recipe_id).items()}
-
-
-def key_array(keys: list[bytes]) -> NDArray[np.uint8]:
-    """(n, 32) uint8 from n keys."""
-    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), 32)
+    return {key: message for key, (_, message) in store.failures(job.recipe.id).items()}
 
 
 def check_replaced(previous: Binding | None, manifest: Manifest, name: str, *, replace: bool) -> None:
@@ -110,22 +151,40 @@ def check_replaced(previous: Binding | None, manifest: Manifest, name: str, *, r
 
 
 def with_earlier_views(config: ExtractConfig, previous: Binding | None, manifest: Manifest) -> ExtractConfig:
-    """The configuration with the views that an earlier run bound under the same name, so that a view can be added."""
-    if previous is None or previous.manifest_path != str(manifest.path) or not config.views:
+    """The configuration with the views that an earlier run bound under the same name, so that a view can be added.
+
+    Raises:
+        InputError: this run reads the manifest in another way, so that its views can't be joined with the earlier ones.
+    """
+    if previous is None or config.replace:
         return config
-    earlier = {
-        view: column for view, column in previous.config["manifest"]["views"].items() if view not in config.views
-    }
-    return config.model_copy(update={"views": {**earlier, **config.views}}) if earlier else config
+    earlier = [view for view in previous.recipes if view not in manifest.views]
+    if not earlier:
+        return config
+    before = ManifestConfig.create(previous.config["manifest"])
+    unlike = [name for name in WHOLE if _comparable(before, name) != _comparable(config, name)]
+    if unlike or not config.views or not set(earlier) <= set(before.views):
+        reason = f"read with another {', '.join(unlike)}" if unlike else "without --view for all of them"
+        raise InputError(
+            f"dataset {previous.name!r} holds the views {', '.join(previous.recipes)} of this manifest; they can't be "
+            f"joined with what is {reason}. Give --view for every view and the same options, another --name, or "
+            "--replace to keep only the views of this run."
+        )
+    update: dict[str, Any] = {"views": {**{view: before.views[view] for view in earlier}, **config.views}}
+    update["reader"] = {**config.reader, **{view: for_view(before.reader, view, "image") for view in earlier}}
+    for name in ("box", "frame", "flip_if"):
+        old = getattr(before, name)
+        update[name] = {**getattr(config, name), **{view: old[view] for view in earlier if view in old}}
+    return config.model_copy(update=update)
+
+
+def _comparable(config: ManifestConfig, name: str) -> Any:
+    value = getattr(config, name)
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def make_binding(
-    name: str,
-    manifest: Manifest,
-    config: ExtractConfig,
-    jobs: list[Job],
-    store: FeatureStore,
-    previous: Binding | None,
+    name: str, manifest: Manifest, config: ExtractConfig, jobs: list[Job], previous: Binding | None
 ) -> Binding:
     """The join of this manifest with the store: key and state per cell, one recipe per view."""
     keys: list[bytes | None] = [None] * manifest.cells.height
@@ -133,13 +192,12 @@ def make_binding(
     recipes: dict[str, str] = {}
     for job in jobs:
         recipes |= dict.fromkeys(job.views, job.recipe.id)
-        done = stored(job, store)
         for index, key in job.keys.items():
             keys[index] = key
-        for index in done:
-            states[index] = "done"
         for index in job.failures:
             states[index] = "failed"
+        for index in job.done:
+            states[index] = "done"
     cells = manifest.cells.select("sample", "view", "ordinal").with_columns(
         pl.Series("key", keys, dtype=pl.Binary), pl.Series("state", states, dtype=pl.String)
     )
@@ -195,6 +253,9 @@ def binding_config(config: ExtractConfig, jobs: list[Job], previous: Binding | N
             **{view: value for view, value in chosen.items() if value is not None},
         }
     manifest = {name: values[name] for name in ManifestConfig.model_fields}
+    for name in ("manifest", "root"):  # they hold from wherever the next command is started
+        if manifest[name] is not None:
+            manifest[name] = str(Path(manifest[name]).resolve())
     return {"manifest": manifest, "body": body, "seed": config.seed}
 
 
@@ -207,3 +268,16 @@ def list_failures(manifest: Manifest, jobs: list[Job]) -> list[dict[str, str]]:
         sample, view, value = rows.row(index)
         entries.append({"sample_id": str(ids[sample]), "view": view, "path": value, "error": error})
     return entries
+
+
+def write_failures(path: Path, failures: list[dict[str, str]]) -> None:
+    """STORE/failures.csv of the latest run; removed when nothing failed."""
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, FAILURE_COLUMNS)
+        writer.writeheader()
+        writer.writerows(failures)
+    os.replace(temporary, path)

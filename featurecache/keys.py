@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from featurecache.data.readers.base import ReadFailure
-from featurecache.store.recipe import content_key
+from featurecache.store.files import has_change_time
+from featurecache.store.recipe import KEY_BYTES, content_key
 from featurecache.store.records import StatRecord
 from featurecache.store.store import FeatureStore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One cell to read: `index` is its row in the manifest's cells."""
 
@@ -27,7 +31,7 @@ class Cell:
     selector: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Payload:
     """A cell's bytes, their SHA-256 and key, and for a file the stat of the very handle that was read."""
 
@@ -43,6 +47,11 @@ def present_cells(cells: pl.DataFrame, view: str | None = None) -> list[Cell]:
         held = held.filter(pl.col("view") == view)
     rows = held.select("index", "kind", "value", pl.col("location").fill_null(""), "selector").iter_rows()
     return [Cell(*row) for row in rows]
+
+
+def key_array(keys: Sequence[bytes]) -> NDArray[np.uint8]:
+    """(n, 32) uint8 from n keys."""
+    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), KEY_BYTES)
 
 
 def read_payload(cell: Cell) -> Payload | ReadFailure:
@@ -68,21 +77,36 @@ def read_payload(cell: Cell) -> Payload | ReadFailure:
 def unchanged(cells: Sequence[Cell], store: FeatureStore) -> dict[int, bytes]:
     """Keys of the cells whose file has the very stat that it had when it was hashed: {cell index: key}.
 
-    A file that is missing, changed, or was hashed too soon after its last change is left out, and must be read.
+    A file is left out, and must be read, that is missing or changed, was hashed too soon after its last change, or lies
+    on a file system that keeps no change time.
     """
-    files = [cell for cell in cells if cell.kind == "file"]
-    records = store.payloads(list({cell.location for cell in files}))
-    digests = {location: record.sha256 for location, record in records.items() if _holds(record)}
-    keys: dict[int, bytes] = {}
-    for cell in files:
-        digest = digests.get(cell.location)
-        if digest is not None:
-            keys[cell.index] = content_key(cell.kind, cell.selector, digest)
-    return keys
+    records = _records(cells, store)
+    trusted: dict[int, bool] = {}  # device -> whether it keeps a change time
+
+    def holds(record: StatRecord) -> bool:
+        try:
+            status = os.stat(record.path)
+        except OSError:
+            return False
+        if status.st_dev not in trusted:
+            trusted[status.st_dev] = has_change_time(Path(record.path))
+        return trusted[status.st_dev] and record.matches(status)
+
+    return _keys(cells, {location: record.sha256 for location, record in records.items() if holds(record)})
 
 
-def _holds(record: StatRecord) -> bool:
-    try:
-        return record.matches(os.stat(record.path))
-    except OSError:
-        return False
+def last_keys(cells: Sequence[Cell], store: FeatureStore) -> dict[int, bytes]:
+    """Keys that the cells' files had when they were last hashed, whatever has become of them: {cell index: key}."""
+    return _keys(cells, {location: record.sha256 for location, record in _records(cells, store).items()})
+
+
+def _records(cells: Sequence[Cell], store: FeatureStore) -> dict[str, StatRecord]:
+    return store.payloads(list({cell.location for cell in cells if cell.kind == "file"}))
+
+
+def _keys(cells: Sequence[Cell], digests: Mapping[str, bytes]) -> dict[int, bytes]:
+    return {
+        cell.index: content_key(cell.kind, cell.selector, digests[cell.location])
+        for cell in cells
+        if cell.kind == "file" and cell.location in digests
+    }

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.bodies.registry import FACTORY, trusted_factories
-from featurecache.config import BodyConfig, ExtractConfig, ManifestConfig, for_view
+from featurecache.bodies.engines import resolve_device
+from featurecache.bodies.registry import FACTORY, RUN_PREFIX, trusted_factories
+from featurecache.bodies.weights import SUFFIXES
+from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, ManifestConfig, for_view
+from featurecache.data.manifest import read_manifest
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
-from featurecache.errors import InputError
+from featurecache.errors import FeatureCacheError, InputError, MissingFileError, RunError
 from featurecache.extract import extract
-from featurecache.fit import HeadRun, check_recipes
+from featurecache.fit import HeadRun, check_recipes, compare_recipes, recipe_differences
+from featurecache.jobs import set_up_views
 from featurecache.joint.predict import predict_joint
+from featurecache.newsamples import NewSamples, manifest_config
 from featurecache.progress import Reporter, Silent
 from featurecache.results import make_predictions
 from featurecache.run import Run, load_run
-from featurecache.store.recipe import Recipe
+from featurecache.store.format import StorePaths
+from featurecache.store.store import FeatureStore
 
-TABLES = (".csv", ".parquet", ".pq")
-FILES_ID = "sample_id"
+FORMATS = (".csv", ".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Scored:
         scores: (n, classes) or (n, labels) probabilities, or (n, targets) values.
         table: the manifest's rows of these samples.
         present: (n, n_views) bool.
-        failures: cells that could not be read: sample_id, view, path, error.
+        failures: images that could not be read, and samples that got no prediction: sample_id, view, path, error.
         computed: images that went through a body.
         reused: images whose features were in the store.
         notes: what a user should know (features of another precision, say).
@@ -56,161 +59,134 @@ class Scored:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class NewSamples:
-    """Where new samples come from, and what differs from how the run's own samples were read.
-
-    Attributes:
-        sources: one manifest (table or folder), or image files; for several views `VIEW=FILE`.
-        store: where features are cached; None computes them into a temporary store.
-        manifest: options of ManifestConfig that differ from the run's.
-        body: options of BodyConfig that differ: the same bodies found at another place.
-        device: where bodies run.
-        batch_size: images at a time, or `auto`.
-        workers: threads that read and decode, or `auto`.
-    """
-
-    sources: tuple[str, ...]
-    store: Path | None = None
-    manifest: Mapping[str, Any] | None = None
-    body: Mapping[str, Any] | None = None
-    device: str = "auto"
-    batch_size: int | str = "auto"
-    workers: int | str = "auto"
-
-
 def score_samples(run: Run, new: NewSamples, reporter: Reporter | None = None) -> Scored:
     """Score new samples with a run.
 
     Raises:
         InputError: the manifest is not valid, or the bodies can't be had.
-        RecipeMismatchError: the bodies are not those that the head was fitted on.
+        RecipeMismatchError: the bodies are not those that the head was fitted on; nothing was computed.
+        FeatureCacheError: no sample can be scored.
     """
     reporter = reporter or Silent()
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featurecache-")))
-        manifest = manifest_options(run, new, scratch)
+    with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
+        manifest = manifest_config(run, new, Path(scratch))
         if run.kind == "joint":
             return score_joint(run, manifest, new, reporter)
-        return score_cached(HeadRun(run.path, run.record), manifest, new, scratch, reporter)
+        return score_cached(HeadRun(run.path, run.record), manifest, new, Path(scratch), reporter)
 
 
-def score_cached(
-    run: HeadRun, manifest: Mapping[str, Any], new: NewSamples, scratch: Path, reporter: Reporter
-) -> Scored:
+def score_cached(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scratch: Path, reporter: Reporter) -> Scored:
     """Features through the cache, then the head."""
     config = extract_config(run, manifest, new, scratch / "store")
+    setups = set_up_views(config, run.views)
+    engine = {"engine": "torch", "precision": "fp32", "storage_dtype": "float32"}  # compared by what features mean
+    compare_recipes(run, {view: setup.recipe(**engine) for view, setup in setups.items()})
     summary = extract(config, reporter)
-    views = list(run.views)
-    dataset = FeatureDataset(config.store, dataset=summary.dataset, views=views, tap=head_taps(run))
+    taps = {view: [block.tap for block in run.head.blocks_ if block.view == view] for view in run.views}
+    with FeatureStore(config.store) as store:
+        binding = store.binding(summary.dataset)
+    if not any(binding.cells["state"] == "done"):
+        raise FeatureCacheError(nothing_to_score(run, summary.failures))
+    dataset = FeatureDataset(config.store, dataset=summary.dataset, views=run.views, tap=taps)
     try:
         notes = check_recipes(run, dataset)
         scores = run.head.score_rows(dataset.features)
     finally:
         dataset.store.close()
-    failures = summary.failures + unscored(config, dataset, summary.failures)
+    ids = binding.table["sample_id"].to_list()
     return Scored(
         dataset.sample_ids,
         scores,
         dataset.table,
         dataset.present,
-        failures,
+        summary.failures + without_views(ids, dataset.sample_ids, summary.failures),
         summary.computed,
         summary.reused,
         notes,
     )
 
 
-def score_joint(run: Run, manifest: Mapping[str, Any], new: NewSamples, reporter: Reporter) -> Scored:
+def score_joint(run: Run, config: ManifestConfig, new: NewSamples, reporter: Reporter) -> Scored:
     """Images through the tuned network."""
-    trust = tuple((new.body or {}).get("trust_factory", ()))
+    manifest = read_manifest(config)
     found = predict_joint(
         run,
-        ManifestConfig.create(manifest),
+        manifest,
         device=new.device,
-        batch_size=new.batch_size,
-        workers=new.workers,
-        trust=trust,
+        batch_size=whole(new.batch_size),
+        workers=whole(new.workers),
+        trust=tuple((new.body or {}).get("trust_factory") or ()),
         reporter=reporter,
     )
+    if not len(found.sample_ids):
+        raise FeatureCacheError(nothing_to_score(run, found.failed))
+    ids = manifest.table["sample_id"].to_list()
+    row_of = {name: row for row, name in enumerate(ids)}
+    kept = [row_of[name] for name in found.sample_ids.tolist()]
     return Scored(
         found.sample_ids,
         found.scores,
-        found.table,
+        manifest.table[kept],
         found.present,
-        found.failures,
-        computed=int(found.present.sum()),
+        found.failed + without_views(ids, found.sample_ids, found.failed),
+        computed=int(manifest.cells["value"].is_not_null().sum()) - len(found.failed),
         reused=0,
         notes=[],
     )
 
 
-def manifest_options(run: Run, new: NewSamples, scratch: Path) -> dict[str, Any]:
-    """How the new samples are read: as the run's own were, unless said otherwise. Files get a manifest of their own."""
-    recorded = {key: value for key, value in run.record["manifest_config"].items() if key != "root"}
-    if recorded["views"]:
-        recorded["views"] = {view: column for view, column in recorded["views"].items() if view in run.views}
-    given = {key: value for key, value in (new.manifest or {}).items() if value}
-    if len(new.sources) == 1 and is_table(new.sources[0]):
-        return {**recorded, **given, "manifest": new.sources[0]}
-    path = write_file_manifest(new.sources, run.views, scratch / "files.csv")
-    own = {
-        "layout": "wide",
-        "views": {view: view for view in run.views},
-        "view_column": None,
-        "path_column": None,
-        "id": FILES_ID,
-        "box": {},
-        "frame": {},
-        "flip_if": {},
-        "allow_outside": True,
-    }
-    return {**recorded, **own, "manifest": path}
+def whole(text: int | str) -> int | Literal["auto"]:
+    """A number of samples or threads, or `auto`."""
+    if text == "auto":
+        return "auto"
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{text!r}: a number above 0, or auto")
+    return number
 
 
-def is_table(source: str) -> bool:
-    """Whether a source is a manifest rather than an image file."""
-    return Path(source).is_dir() or Path(source).suffix.lower() in TABLES
+def nothing_to_score(run: Run, failures: Sequence[Mapping[str, str]]) -> str:
+    """Why no sample got a score."""
+    if not failures:
+        return f"no sample has an image of the views {', '.join(run.views)}"
+    first = failures[0]
+    return f"no image can be read; the first of {len(failures)}: {first['path']}: {first['error']}"
 
 
-def write_file_manifest(sources: Sequence[str], views: Sequence[str], path: Path) -> Path:
-    """A manifest for single files: one a sample, or `VIEW=FILE` where the run has several views.
+def without_views(
+    ids: Sequence[str], scored: NDArray[np.str_], failures: Sequence[Mapping[str, str]]
+) -> list[dict[str, str]]:
+    """Samples without any view get no prediction, so they are listed."""
+    listed = {entry["sample_id"] for entry in failures} | set(scored.tolist())
+    return [
+        {"sample_id": name, "view": "", "path": "", "error": "has none of the views"}
+        for name in map(str, ids)
+        if name not in listed
+    ]
 
-    The k-th file of each view belongs to the k-th sample.
+
+def extract_config(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scratch: Path) -> ExtractConfig:
+    """Stage one as it was for the run's own samples, over new ones.
 
     Raises:
-        InputError: files without a view where there are several, or an unknown view.
+        InputError: the run names a factory that is not trusted, or files that are not there.
+        RunError: its record is incomplete.
     """
-    files: dict[str, list[str]] = {view: [] for view in views}
-    for source in sources:
-        view, equals, file = source.partition("=")
-        if equals and view in files:
-            files[view].append(file)
-        elif len(views) == 1:
-            files[views[0]].append(source)
-        else:
-            raise InputError(
-                f"{source!r}: this run has the views {', '.join(views)}, so files are given as "
-                f"{' '.join(f'{view}=FILE' for view in views)}, once per sample"
-            )
-    count = max(len(given) for given in files.values())
-    with open(path, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow([FILES_ID, *views])
-        for row in range(count):
-            cells = [files[view][row] if row < len(files[view]) else "" for view in views]
-            name = next(cell for cell in cells if cell)
-            writer.writerow([name, *(str(Path(cell).resolve()) if cell else "" for cell in cells)])
-    return path
-
-
-def extract_config(run: HeadRun, manifest: Mapping[str, Any], new: NewSamples, scratch: Path) -> ExtractConfig:
-    """Stage one as it was for the run's own samples, over new ones."""
-    body = {key: value for key, value in run.record["body_config"].items() if key in BodyConfig.model_fields}
-    given = {key: value for key, value in (new.body or {}).items() if value}
-    body = {**body, **given, "trust_factory": given.get("trust_factory", ())}
-    check_trusted(run, body, given)
-    recipes = list(run.view_recipes.values())
+    recorded = run.body_config
+    if not recorded.get("body"):
+        raise RunError(f"{run.path}: run.json holds no body_config, so new samples can't go through its bodies")
+    given = {name: value for name, value in (new.body or {}).items() if value}
+    body = {name: value for name, value in recorded.items() if name in BodyConfig.model_fields}
+    for name in ("body", "weights"):
+        if name in given:
+            body[name] = over_views(body.get(name) or {}, given[name], run.views)
+    body["trust_factory"] = tuple(given.get("trust_factory") or ())
+    typed = over_views({}, given.get("body") or {}, run.views)
+    check_trusted(run, body, set(typed.values()))
+    check_files(run, body)
     taps = {
         view: [{"module": tap["tap"], "pool": tap["pool"]} for tap in recipe.taps]
         for view, recipe in run.view_recipes.items()
@@ -218,16 +194,14 @@ def extract_config(run: HeadRun, manifest: Mapping[str, Any], new: NewSamples, s
     stem = Path(new.sources[0]).stem if len(new.sources) == 1 else "files"
     return ExtractConfig.create(
         {
-            **manifest,
+            **manifest.model_dump(),
             **body,
-            "seed": run.record["body_config"].get("seed"),
+            **numerics(run, new),
+            "seed": recorded.get("seed"),
             "tap": taps,
             "store": new.store or scratch,
             "name": f"predict-{stem}",
             "replace": True,
-            "engine": common(recipes, "engine", "auto"),
-            "precision": common(recipes, "precision", "auto"),
-            "store_dtype": common(recipes, "storage_dtype", "float32"),
             "device": new.device,
             "batch_size": new.batch_size,
             "workers": new.workers,
@@ -236,20 +210,49 @@ def extract_config(run: HeadRun, manifest: Mapping[str, Any], new: NewSamples, s
     )
 
 
-def common(recipes: Sequence[Recipe], field: str, otherwise: str) -> str:
-    """The value that all recipes hold for a field."""
-    values = {str(recipe.fields[field]) for recipe in recipes}
-    return values.pop() if len(values) == 1 else otherwise
+def over_views(known: Mapping[str, str], given: str | Mapping[str, str], views: Sequence[str]) -> dict[str, str]:
+    """Values per view, with those that are given (once for all views, or per view) in the place of the known ones."""
+    given = given if isinstance(given, Mapping) else {ANY_VIEW: given}
+    values = {view: for_view(given, view, for_view(known, view, "")) for view in views}
+    return {view: value for view, value in values.items() if value}
 
 
-def check_trusted(run: Run, body: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def numerics(run: HeadRun, new: NewSamples) -> dict[str, str]:
+    """Engine, precision and storage dtype: those that the head knows, or those of features that the store has already.
+
+    Views that differ in them are left to the rule for `auto`.
+    """
+    names = {"engine": "engine", "precision": "precision", "store_dtype": "storage_dtype"}
+    recipes = list(run.view_recipes.values())
+    if new.store is not None and StorePaths(new.store).index.exists():
+        with FeatureStore(new.store) as store:
+            held = [info for info in store.recipes() if info.rows]
+        if not any(info.recipe.base == recipe.base for info in held for recipe in recipes):
+            close = [
+                (info.rows, info.recipe.digest, info.recipe)
+                for info in held
+                if any(
+                    not recipe_differences(recipe, info.recipe)[0] and recipe.tap_names <= info.recipe.tap_names
+                    for recipe in recipes
+                )
+            ]
+            recipes = [max(close)[2]] if close else recipes
+    found = {}
+    for option, field in names.items():
+        values = {str(recipe.fields[field]) for recipe in recipes}
+        found[option] = values.pop() if len(values) == 1 else "float32" if option == "store_dtype" else "auto"
+    if found["precision"] == "fp16" and resolve_device(new.device).type == "cpu":
+        found["precision"] = "auto"  # which a CPU can't compute
+    return found
+
+
+def check_trusted(run: Run, body: Mapping[str, Any], typed: set[str]) -> None:
     """Refuse a factory that only run.json names: nothing that data names is imported.
 
     Raises:
         InputError: says how to allow it.
     """
-    typed = set(given.get("body", {}).values()) if isinstance(given.get("body"), Mapping) else set()
-    allowed = trusted_factories(tuple(body["trust_factory"])) | typed
+    allowed = trusted_factories(body["trust_factory"]) | typed
     for view in run.views:
         name = for_view(body["body"], view, "")
         if FACTORY.fullmatch(name) and name not in allowed:
@@ -259,21 +262,23 @@ def check_trusted(run: Run, body: Mapping[str, Any], given: Mapping[str, Any]) -
             )
 
 
-def head_taps(run: HeadRun) -> tuple[str, ...]:
-    """Names of the taps that the head was fitted on."""
-    return tuple(dict.fromkeys(block.tap for block in run.head.blocks_))
+def check_files(run: Run, body: Mapping[str, Any]) -> None:
+    """Refuse files and runs that are gone, which may just have been moved.
 
-
-def unscored(config: ExtractConfig, dataset: FeatureDataset, failures: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Samples without any view: they get no prediction, so they are listed."""
-    listed = {entry["sample_id"] for entry in failures}
-    scored = set(dataset.sample_ids.tolist())
-    names = [str(name) for name in dataset.binding.table["sample_id"].to_list()]
-    return [
-        {"sample_id": name, "view": "", "path": "", "error": "has none of the views"}
-        for name in names
-        if name not in scored and name not in listed
-    ]
+    Raises:
+        MissingFileError: says how to tell where they are now.
+    """
+    problems = []
+    for view in run.views:
+        weights, name = for_view(body.get("weights") or {}, view, ""), for_view(body["body"], view, "")
+        if weights.endswith(SUFFIXES) and not Path(weights).is_file():
+            problems.append(f"weights {weights!r} of view {view!r}: give --weights {view}=PATH")
+        folder = name.removeprefix(RUN_PREFIX)
+        if name.startswith(RUN_PREFIX) and not Path(folder).is_dir():
+            problems.append(f"body {name!r} of view {view!r}: give --body {view}={RUN_PREFIX}PATH")
+    if problems:
+        summary = f"{run.path}: its bodies were read from what is not there now"
+        raise MissingFileError("\n".join([summary, *(f"  - {problem}" for problem in problems)]))
 
 
 def prediction_table(run: Run, scored: Scored) -> pl.DataFrame:
@@ -293,7 +298,7 @@ def prediction_table(run: Run, scored: Scored) -> pl.DataFrame:
 
 
 def predict(
-    path: str | Path, new: NewSamples, out: str | Path, reporter: Reporter | None = None
+    run: Run | str | Path, new: NewSamples, out: str | Path, reporter: Reporter | None = None
 ) -> tuple[Scored, Path]:
     """Score new samples and write the predictions to a .csv or .parquet file.
 
@@ -301,13 +306,15 @@ def predict(
         InputError: the file is of another kind; see `score_samples`.
     """
     out = Path(out)
-    if out.suffix.lower() not in TABLES:
+    if out.suffix.lower() not in FORMATS:
         raise InputError(f"--out {out}: write .csv or .parquet")
-    run = load_run(path)
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder")
+    run = run if isinstance(run, Run) else load_run(run)
     scored = score_samples(run, new, reporter)
     table = prediction_table(run, scored)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f".{out.name}.tmp")
     if out.suffix.lower() == ".csv":
         table.write_csv(temporary)
     else:

@@ -85,7 +85,8 @@ class Predictions:
             return self.scores
         if self.task == "binary":
             value = threshold if isinstance(threshold, int | float) else 0.5
-            return (self.scores[:, 1] >= value).astype(np.int64)
+            positive: NDArray[np.bool_] = self.scores[:, 1] >= value
+            return positive.astype(np.int64)
         cut = np.array([_of_label(threshold, name) for name in self.names])
         return np.where(np.isfinite(self.scores), (self.scores >= cut).astype(np.float64), np.nan)
 

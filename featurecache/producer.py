@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
 
 import torch
 
-from featurecache.data.readers.base import Decoded, Reader, ReadFailure, read
+from featurecache.data.readers.base import Reader, ReadFailure, read
 from featurecache.data.transforms import Preprocessing
+from featurecache.errors import InputError, ReadError, StoreError
 from featurecache.keys import Cell, Payload, read_payload
 from featurecache.store.records import StatRecord
 
+WARM = 5  # batches after which the speed of the device is known
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """What became of one cell: an `image` to run, a `failure`, or neither where its key is known already."""
 
@@ -38,7 +41,7 @@ class Seconds:
     decode: float = 0.0
     compute: float = 0.0
     write: float = 0.0
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
 
     def add(self, part: str, seconds: float) -> None:
         """Count `seconds` for a part; safe from any thread."""
@@ -48,6 +51,24 @@ class Seconds:
     def to_json(self) -> dict[str, float]:
         """Flat names as the command line prints them."""
         return {f"seconds_{name}": round(getattr(self, name), 3) for name in ("read", "decode", "compute", "write")}
+
+
+class Clock:
+    """How long an image takes on the device, once it has warmed up."""
+
+    def __init__(self) -> None:
+        self.batches, self.images = 0, 0
+        self.start = self.per_image = 0.0
+
+    def tick(self, images: int) -> bool:
+        """Count a batch; True once, when `per_image` (seconds) is known."""
+        self.batches += 1
+        if self.batches == 1:
+            self.start = time.perf_counter()
+        elif self.batches <= WARM:
+            self.images += images
+            self.per_image = (time.perf_counter() - self.start) / self.images
+        return self.batches == WARM
 
 
 class Claims:
@@ -68,21 +89,35 @@ class Claims:
 
 
 def decode(reader: Reader, preprocessing: Preprocessing, data: bytes, selector: str) -> torch.Tensor | ReadFailure:
-    """Payload to preprocessed image, (channels, height, width), or the reason why not."""
+    """Payload to preprocessed image, (channels, height, width), or the reason why not.
+
+    Only what a reader or the preprocessing refuses in words will fail again for sure; whatever else goes wrong (memory,
+    which torch reports as RuntimeError too, or a defect) is tried again on the next run.
+    """
     decoded = read(reader, data, json.loads(selector))
     if isinstance(decoded, ReadFailure):
         return decoded
-    return preprocess(preprocessing, decoded)
-
-
-def preprocess(preprocessing: Preprocessing, decoded: Decoded) -> torch.Tensor | ReadFailure:
-    """A decoded image to the size that the body takes; what can't be resized is a failure, not an exception."""
     try:
         return preprocessing.apply(decoded)
-    except (ValueError, RuntimeError) as error:
-        return ReadFailure(type(error).__name__, f"can't be preprocessed: {error}", True)
+    except ReadError as error:
+        return ReadFailure("ReadError", str(error), error.deterministic)
+    except InputError as error:  # an image with other channels than the body takes
+        return ReadFailure("InputError", str(error), True)
     except MemoryError:
-        return ReadFailure("MemoryError", "out of memory", False)
+        return ReadFailure("MemoryError", "out of memory while resizing", False)
+    except Exception as error:
+        return ReadFailure(type(error).__name__, f"can't be preprocessed: {one_line(error)}", False)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def produce(
@@ -92,16 +127,25 @@ def produce(
     claims: Claims,
     *,
     workers: int,
-    ahead: int,
+    ahead: Callable[[], int],
     seconds: Seconds,
     load: Callable[[Cell], Payload | ReadFailure] = read_payload,
-) -> Iterator[Item]:
-    """Yield an Item per cell, in the order of `cells`, with at most `ahead` in memory.
+) -> Generator[Item, None, None]:
+    """Yield an Item per cell, in the order of `cells`, with at most `ahead()` in memory.
 
-    Threads, not processes: decoders, resizing and hashing release the GIL, and nothing has to be copied between.
+    Whatever goes wrong with one cell is its failure; of what a reading thread raises, only a damaged store ends the
+    run. Threads, not processes: decoders, resizing and hashing release the GIL, and nothing has to be copied.
     """
 
     def work(cell: Cell) -> Item:
+        try:
+            return item_of(cell)
+        except StoreError:
+            raise
+        except Exception as error:
+            return Item(cell, None, None, failure=ReadFailure(type(error).__name__, one_line(error), False))
+
+    def item_of(cell: Cell) -> Item:
         start = time.perf_counter()
         payload = load(cell)
         seconds.add("read", time.perf_counter() - start)
@@ -122,7 +166,7 @@ def produce(
         try:
             for cell in remaining:
                 waiting.append(pool.submit(work, cell))
-                if len(waiting) >= ahead:
+                if len(waiting) >= ahead():
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

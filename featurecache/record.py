@@ -41,6 +41,23 @@ def portable_path(path: str | PurePath, base: Path) -> str:
     return re.split(r"[\\/]", text.rstrip("\\/"))[-1] or "/"
 
 
+def locate_bodies(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Recorded options of bodies, with paths that `portable_path` made relative to `base` as they can be opened now.
+
+    A path that does not lie there is left as it is: it may be relative to the current directory, or a name of another
+    kind. What lay elsewhere is known by its last name only, and may have to be named anew.
+    """
+    result = dict(options)
+    for option, prefix in (("weights", ""), ("body", "run:")):
+        values = dict(result.get(option) or {})
+        for view, value in values.items():
+            path = base / value.removeprefix(prefix)
+            if value.startswith(prefix) and (path.is_dir() if prefix else path.is_file()):
+                values[view] = f"{prefix}{path}"
+        result[option] = values
+    return result
+
+
 def _portable_text(text: str, base: Path) -> str:
     return _ABSOLUTE.sub(lambda found: portable_path(found.group(), base), text)
 

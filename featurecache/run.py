@@ -17,7 +17,7 @@ import polars as pl
 
 from featurecache.errors import InputError, LockedError, MissingFileError, did_you_mean
 from featurecache.predictions import Predictions, read_predictions
-from featurecache.record import dump_json, package_version, plain_record, versions
+from featurecache.record import dump_json, locate_bodies, package_version, plain_record, versions
 from featurecache.rundir import (
     LOCK,
     RECORD,
@@ -205,8 +205,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, record: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        self.record = dict(record)
+        self.path, self.record = Path(path), dict(record)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, kind={self.kind!r}, task={self.task!r})"
@@ -264,13 +263,17 @@ class Run:
     @property
     def threshold(self) -> dict[str, Any] | None:
         """`value`, `rule` and `chosen_on` of the decision threshold, or None where the task has none."""
-        threshold = self.record.get("threshold")
-        return dict(threshold) if threshold else None
+        return dict(self.record["threshold"]) if self.record.get("threshold") else None
 
     @property
     def binding(self) -> dict[str, Any]:
         """`dataset` and `digest` of the binding that it was fitted on."""
         return dict(self.record.get("binding") or {})
+
+    @property
+    def body_config(self) -> dict[str, Any]:
+        """Options of `BodyConfig` per view, and `seed`; files and runs that they name are given where they lie now."""
+        return locate_bodies(self.record.get("body_config") or {}, Path(os.path.abspath(self.path)).parent)
 
     @property
     def files(self) -> dict[str, str]:
@@ -280,8 +283,7 @@ class Run:
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """metrics.json: `run.metrics["test"]["roc_auc"]`."""
-        metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
-        return dict(metrics)
+        return dict(json.loads((self.path / "metrics.json").read_text(encoding="utf-8")))
 
     @cached_property
     def predictions(self) -> pl.DataFrame:
@@ -349,7 +351,7 @@ class Run:
         if self.task == "multilabel":
             label = self.targets[0] if label is None else self._known_label(label, self.targets)
             true, predicted, labels = f"target:{label}", f"prediction:{label}", ["0", "1"]
-        rows = self.predictions.filter(pl.col("split") == split).drop_nulls([true, predicted])
+        rows = self.predictions.filter(split=split).drop_nulls([true, predicted])
         if rows.is_empty():
             raise InputError(f"plot_confusion: no sample of split {split!r} has a known target.")
         return ConfusionMatrixDisplay.from_predictions(
@@ -373,8 +375,9 @@ class Run:
         if label is not None:
             curves = {name: values for name, values in curves.items() if name == label}
         if not curves:
-            about = f" for {label!r}" if label else ""
-            raise InputError(f"{what}: split {split!r} holds no positive and negative samples{about}.")
+            raise InputError(
+                f"{what}: split {split!r} holds no positive and negative samples of {label or 'any label'}."
+            )
         made = []
         for name, (positive, score) in curves.items():
             made.append(display.from_predictions(positive, score, name=name, ax=ax))

@@ -73,16 +73,27 @@ def view_preprocessing(config: BodyConfig, view: str, body: Body) -> Preprocessi
     Raises:
         InputError: the options contradict each other, or leave images of different sizes.
     """
-    own = body.preprocessing
     changes: dict[str, Any] = {}
-    size = config.image_size.get(view, config.image_size.get(ANY_VIEW))
-    if size is not None:
-        changes |= {"resize": size, "crop": size}
     for field in ("resize", "crop", "resize_mode", "interpolation", "antialias", "mean", "std"):
         value = for_view(getattr(config, field), view, None)
         if value is not None:
             changes[field] = None if value == "none" else value
-    preprocessing = replace(own, **changes)
+    size = config.image_size.get(view, config.image_size.get(ANY_VIEW))
+    if size is not None:
+        for field in ("resize", "crop"):
+            if changes.setdefault(field, size) != size:
+                raise InputError(
+                    f"view {view!r}: --image-size {size} is short for --resize {size} --crop {size}, but "
+                    f"--{field} {changes[field] or 'none'} is given too. Give either."
+                )
+    preprocessing = replace(body.preprocessing, **changes)
+    resized, crop = preprocessing.resize, preprocessing.crop
+    own = not changes.keys() & {"resize", "crop"}
+    if not own and preprocessing.resize_mode == "crop" and resized and crop and crop > resized:
+        raise InputError(
+            f"view {view!r}: with resize={resized} and crop={crop} every image would get a black border. "
+            f"Give --crop {resized} or less, or --resize {crop} or more."
+        )
     if preprocessing.size() is None:
         raise InputError(
             f"view {view!r}: with resize={preprocessing.resize}, crop={preprocessing.crop} and "
@@ -101,13 +112,16 @@ def view_reader(config: Any, view: str, body: Body) -> Reader:
     return get_reader(name, **parameters)
 
 
-def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...], Body] | None = None) -> ViewSetup:
+def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...], Any] | None = None) -> ViewSetup:
     """Load and resolve everything that one view needs.
 
     Args:
         config: the configuration of stage one.
         view: which view.
-        bodies: bodies loaded so far, by their settings; views with the same settings share one.
+        bodies: what was loaded and resolved so far, by its settings; views with the same settings share it.
+
+    Raises:
+        InputError: no such body, weights, tap or reader, or options that contradict each other.
     """
     bodies = {} if bodies is None else bodies
     name = for_view(config.body, view, "torchvision/densenet121")
@@ -119,8 +133,11 @@ def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...
     preprocessing = view_preprocessing(config, view, body)
     size = preprocessing.size()
     assert size is not None  # view_preprocessing refuses it
-    taps = resolve_taps(body, for_view(config.tap, view, (Tap(),)), size)
-    weights, program = identify(body, taps, size)
+    asked = for_view(config.tap, view, (Tap(),))
+    if (*settings, asked, size) not in bodies:  # several passes, and all weights hashed
+        resolved = resolve_taps(body, asked, size)
+        bodies[*settings, asked, size] = (resolved, *identify(body, resolved, size))
+    taps, weights, program = bodies[*settings, asked, size]
     return ViewSetup(view, body, view_reader(config, view, body), preprocessing, size, taps, weights, program)
 
 
@@ -132,11 +149,12 @@ def with_taps_of(setup: ViewSetup, recipe: Recipe) -> ViewSetup:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Which engine and precision run a view, and by which rule they were chosen."""
+    """Which engine and precision run a view, and by which rule they were chosen; `held`: since the store has them."""
 
     engine: str
     precision: str
     reason: str
+    held: bool = False
 
     def __str__(self) -> str:
         return f"{self.engine} {self.precision} ({self.reason})"
@@ -147,23 +165,21 @@ def choose_engine(config: ExtractConfig, setup: ViewSetup, store: FeatureStore |
 
     The same command therefore finds its rows again on a machine of another speed.
     """
-    default_precision = config.precision
-    if default_precision == "auto":
-        default_precision = fast_precision(resolve_device(config.device))
-    default = EngineChoice("torch", default_precision, f"{default_precision} is what this device runs fast")
+    if config.precision == "auto":
+        default = EngineChoice("torch", fast := fast_precision(resolve_device(config.device)), f"{fast} is fast here")
+    else:
+        default = EngineChoice("torch" if config.engine == "auto" else config.engine, config.precision, "as given")
     if config.engine != "auto" and config.precision != "auto":
-        return EngineChoice(config.engine, config.precision, "as given")
-    held: list[tuple[int, EngineChoice]] = []
+        return default
+    held: dict[tuple[str, str], int] = {}
     for info in store.recipes() if store is not None else []:
         engine, precision = info.recipe.fields["engine"], info.recipe.fields["precision"]
         if config.engine not in ("auto", engine) or config.precision not in ("auto", precision) or not info.rows:
             continue
-        wanted = setup.recipe(engine=engine, precision=precision, storage_dtype=config.store_dtype)
-        if wanted.base == info.recipe.base and wanted.tap_names <= info.recipe.tap_names:
-            held.append((info.rows, EngineChoice(engine, precision, f"the store holds {info.rows} rows made so")))
-    for _, choice in sorted(held, key=lambda item: -item[0]):
-        if (choice.engine, choice.precision) == (default.engine, default.precision):
-            return choice
-    if held:
-        return max(held, key=lambda item: item[0])[1]
-    return default
+        if info.recipe.holds(setup.recipe(engine=engine, precision=precision, storage_dtype=config.store_dtype)):
+            held[engine, precision] = held.get((engine, precision), 0) + info.rows
+    if not held:
+        return default
+    fast_one = (default.engine, default.precision)
+    engine, precision = fast_one if fast_one in held else max(held, key=lambda choice: held[choice])
+    return EngineChoice(engine, precision, f"the store holds {held[engine, precision]:,} rows made so", held=True)

@@ -36,10 +36,11 @@ results
 joint.schedule joint.checkpoint joint.model joint.images joint.loop joint.build joint.save joint.start joint.samples
 joint.predict joint.finetune
 canary producer committer jobs extract dryrun
-fit tune predict evaluate api
+fit tune newsamples predict evaluate api
 reporting.ablate reporting.compare reporting.explain
 pipeline demo
-cli.output cli.progress cli.options cli.extract cli.heads cli.joint cli.predict cli.stores cli.bodies cli.demo cli
+cli.output cli.bars cli.progress cli.options cli.extract cli.heads cli.joint cli.predict cli.stores cli.bodies
+cli.demo cli
 """.split()
 # Named by the design; their files may not be there yet.
 PLANNED = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import typer
 
 from featurecache.cli import bodies, demo, extract, heads, joint, predict, stores
+from featurecache.cli.output import DONE, INTERRUPTED, WRONG, print_json
 
 app = typer.Typer(
     name="featurecache",
@@ -22,6 +24,7 @@ app.command("finetune-joint", epilog=joint.EPILOG)(joint.finetune_joint)
 app.command("predict", epilog=predict.PREDICT_EPILOG)(predict.predict)
 app.command("evaluate", epilog=predict.EVALUATE_EPILOG)(predict.evaluate)
 app.command("info", epilog=stores.INFO_EPILOG)(stores.info)
+app.command("verify", epilog=stores.VERIFY_EPILOG)(stores.verify)
 app.add_typer(bodies.app, name="bodies")
 
 
@@ -38,8 +41,34 @@ def version(
 
 
 def main() -> None:
-    """Entry point of the `featurecache` command."""
-    # Threads of OpenMP spin while they wait. Beside decoding threads, or another process, that takes the cores away from
-    # those who work: measured on 2 busy cores, 4 to 20 times slower. Read when torch is loaded, so set before.
+    """Entry point of the `featurecache` command: as Typer would run it, but wrong use is told like any other error."""
+    # Threads of OpenMP spin while they wait. Beside decoding threads, or another process, that takes the cores away
+    # from those who work: measured on 2 busy cores, 4 to 20 times slower. Read when torch is loaded, so set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    app()
+    try:
+        status = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        status = wrong_use(error)
+    sys.exit(status or DONE)
+
+
+def wrong_use(error: Exception) -> int:
+    """Print what is wrong with the command line; returns the exit status.
+
+    Typer's exceptions are told by their methods: where it keeps their classes differs between versions.
+    """
+    message = getattr(error, "format_message", None)
+    if message is None:
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked, so the help is shown, by rich at once
+        print(message(), end="")
+        return WRONG
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "featurecache"
+    text = " ".join(str(message()).replace("Value error, ", "").split())
+    if "--json" in sys.argv:
+        print_json(path.partition(" ")[2], "failed", {"error": text})
+    print(f"Error: {text}\nSee: {path} --help", file=sys.stderr)
+    return WRONG

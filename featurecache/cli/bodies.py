@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from featurecache.cli import options as opt
 from featurecache.cli.output import Debug, Json, Quiet, command
 
 app = typer.Typer(help="List bodies, and show what can be tapped in one.", no_args_is_help=True)
@@ -38,6 +39,7 @@ def show(
     image_size: Annotated[int | None, typer.Option(help="Default: what its weights expect.")] = None,
     channels: Annotated[int | None, typer.Option(help="Input channels.")] = None,
     view: Annotated[str | None, typer.Option(help="Which body of a run.")] = None,
+    trust_factory: opt.TrustFactory = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -48,7 +50,7 @@ def show(
         from featurecache.bodies.taps import describe
 
         if name.startswith(RUN_PREFIX):
-            body = load_run_body(Path(name.removeprefix(RUN_PREFIX)), view)
+            body = load_run_body(Path(name.removeprefix(RUN_PREFIX)), view, trust=trust_factory or ())
         else:
             body = load_body(name, "none", seed=0, channels=channels)  # shapes don't depend on weights
         size = (image_size, image_size) if image_size else body.preprocessing.size() or (224, 224)

@@ -162,7 +162,8 @@ def show(output: Output, summary: Summary) -> None:
     output.failed = summary.failures
     share = 100 * summary.reused / summary.images if summary.images else 100.0
     output.text(f"dataset   {summary.dataset}: {summary.samples:,} samples, {summary.images:,} images")
-    output.text(f"computed  {summary.computed:,} ({summary.images_per_second:,.1f} images/s)")
+    rate = f" ({summary.images_per_second:,.1f} images/s)" if summary.computed else ""
+    output.text(f"computed  {summary.computed:,}{rate}")
     output.text(f"reused    {summary.reused:,} ({math.floor(share * 10) / 10:g} % reused)")
     output.text(f"failed    {summary.failed:,}" + (f", see {summary.store}/failures.csv" if summary.failed else ""))
     output.text(f"written   {human_bytes(summary.bytes_written)} to {summary.store}")

@@ -32,7 +32,10 @@ def fit_head(
     setting: opt.SetOption = None,
     views: Annotated[str | None, typer.Option(metavar="A,B", help="Default: all.", rich_help_panel=opt.DATA)] = None,
     tap: Annotated[
-        list[str] | None, typer.Option(help="Which taps; default the only one.", rich_help_panel=opt.DATA)
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:POOL]", help="Or VIEW=NAME[:POOL]; default the only one.", rich_help_panel=opt.DATA
+        ),
     ] = None,
     recipe: Annotated[
         list[str] | None,
@@ -75,38 +78,48 @@ def fit_head(
                 **opt.split_options(params),
                 **{name: params[name] for name in (*own, "bootstrap")},
                 "missing": str(missing),
-                "views": views.split(",") if views else (),
-                "tap": tap or (),
-                "recipe": opt.per_view("--recipe", recipe, recipe_views(recipe)),
+                "views": opt.listed(views),
+                "tap": opt.taps(tap, opt.named_views(tap)),
+                "recipe": opt.per_view("--recipe", recipe, opt.named_views(recipe)),
                 "settings": opt.pairs("--set", setting),
             },
             source="fit-head",
         )
         from featurecache.fit import fit_from_config
+        from featurecache.heads.base import get_head
 
+        known = get_head(head).Settings.model_fields
+        config = config.model_copy(update={"settings": opt.settings(setting, known)})
         with reporter(quiet=quiet) as progress:
             run = fit_from_config(config, command=typed_command(), reporter=progress)
         show_run(output, run)
         output.next = f"open {run.path}/report.html, or: featurecache predict {run.path} MANIFEST --out preds.csv"
 
 
-def recipe_views(values: list[str] | None) -> list[str]:
-    """The views named by `VIEW=DIGEST`; digests hold no equals sign."""
-    return [value.partition("=")[0] for value in values or () if "=" in value]
-
-
 def show_run(output: Output, run: Run) -> None:
-    """The metrics of a run, test first, with intervals."""
+    """The metrics of a run, test first, with intervals; what was left out, and why."""
     output.outputs = [str(run.path)]
-    output.figures = {"run": str(run.path), "task": run.task, "views": list(run.views), **flat_metrics(run.metrics)}
     output.failed = list(run.record.get("failed", ()))
+    output.figures = {
+        "run": str(run.path),
+        "task": run.task,
+        "views": list(run.views),
+        "skipped": list(run.record.get("skipped", ())),
+        **{name: run.record[name] for name in ("n_dropped", "n_failed", "failed_views") if name in run.record},
+        **flat_metrics(run.metrics),
+    }
     output.text(f"run       {run.path} ({run.task}, views {', '.join(run.views)})")
     for split in ("test", "valid", "train"):
         if split in run.metrics:
             output.text(metric_line(split, run.metrics[split]))
     skipped = run.record.get("skipped", ())
     if skipped:
-        output.text(f"skipped   {', '.join(skipped)}: without a known positive or negative in training")
+        why = "without a training sample" if run.task == "multiclass" else "without a known positive or negative"
+        output.text(f"skipped   {', '.join(skipped)}: {why} in training")
+    for view, count in run.record.get("failed_views", {}).items():
+        output.text(f"missing   view {view} of {count:,} samples: the image could not be read")
+    if run.record.get("n_dropped"):
+        output.text(f"left out  {run.record['n_dropped']:,} samples without the views")
     output.text(f"report    {run.path / 'report.html'}")
 
 
@@ -123,11 +136,14 @@ def metric_line(split: str, metrics: dict[str, Any]) -> str:
 
 
 def flat_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`test_accuracy` and so on."""
-    return {
-        f"{split}_{name}": value
-        for split, figures in metrics.items()
-        if split in ("train", "valid", "test")
-        for name, value in figures.items()
-        if isinstance(value, int | float)
-    }
+    """`test_accuracy`, `test_accuracy_low`, `test_accuracy_high` (ends of its interval) and so on."""
+    flat: dict[str, Any] = {}
+    for split in ("train", "valid", "test"):
+        figures = metrics.get(split, {})
+        for name, value in figures.items():
+            if isinstance(value, int | float):
+                flat[f"{split}_{name}"] = value
+        for name, ends in figures.get("intervals", {}).items():
+            if isinstance(ends, list):
+                flat[f"{split}_{name}_low"], flat[f"{split}_{name}_high"] = ends
+    return flat

@@ -94,6 +94,7 @@ def finetune_joint(
     """Fine-tune the bodies of all views and the head together, end to end; write a run with the tuned bodies."""
     with command("finetune-joint", as_json=as_json, quiet=quiet, debug=debug) as output:
         from featurecache.config import JointConfig
+        from featurecache.heads.fc import FCSettings
 
         params = ctx.params
         own = ("out", "overwrite", "resume", "init", "share_bodies", "fusion", "epochs", "freeze_epochs", "lr")
@@ -106,8 +107,8 @@ def finetune_joint(
             **opt.split_options(params),
             **{name: params[name] for name in (*own, *more)},
             "missing": str(missing),
-            "augment": () if augment == "none" else augment.split(","),
-            "settings": opt.pairs("--set", setting),
+            "augment": () if augment == "none" else opt.listed(augment),
+            "settings": opt.settings(setting, FCSettings.model_fields),
         }
         config = JointConfig.create(values, source="finetune-joint")
         from featurecache.joint.finetune import finetune_joint as run_training

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from featurecache.config import ANY_VIEW
 from featurecache.errors import InputError, did_you_mean
 
+ANY_VIEW = "*"  # that of featurecache.config, which --help need not import
 DATA, BODY, DEVICE, SPLIT, TARGET = "Samples and views", "Body and preprocessing", "Device", "Split", "Target"
 PER_VIEW = "VALUE or VIEW=VALUE"
 
@@ -186,15 +186,8 @@ def per_view(option: str, values: Sequence[str] | None, views: Sequence[str]) ->
     """
     found: dict[str, str] = {}
     for value in values or ():
-        view, equals, rest = value.partition("=")
-        if equals and view in views:
-            found[view] = rest
-        elif equals and view.isidentifier() and did_you_mean(view, views):
-            raise InputError(
-                f"{option} {value!r}: no view {view!r}.{did_you_mean(view, views)} Views: {', '.join(views)}."
-            )
-        else:
-            found = {ANY_VIEW: value}
+        view, rest = split_view(option, value, views)
+        found = {ANY_VIEW: rest} if view == ANY_VIEW else {**found, view: rest}
     return found
 
 
@@ -202,9 +195,44 @@ def taps(values: Sequence[str] | None, views: Sequence[str]) -> dict[str, list[s
     """`NAME[:POOL]` and `VIEW=NAME[:POOL]` entries; they add up, for all views or for one."""
     found: dict[str, list[str]] = {}
     for value in values or ():
-        view, equals, rest = value.partition("=")
-        name, tap = (view, rest) if equals and view in views else (ANY_VIEW, value)
-        found.setdefault(name, []).append(tap)
+        view, tap = split_view("--tap", value, views)
+        found.setdefault(view, []).append(tap)
+    return found
+
+
+def split_view(option: str, value: str, views: Sequence[str]) -> tuple[str, str]:
+    """(view, or '*' for all; the value itself).
+
+    Raises:
+        InputError: what stands before `=` is no view, but nearly one.
+    """
+    view, equals, rest = value.partition("=")
+    if equals and view in views:
+        return view, rest
+    if equals and (near := did_you_mean(view, views)):
+        raise InputError(f"{option} {value!r}: no view {view!r}.{near} Views: {', '.join(views)}.")
+    return ANY_VIEW, value
+
+
+def named_views(values: Sequence[str] | None) -> list[str]:
+    """The views that `VIEW=VALUE` entries name, for values that hold no `=` themselves: the store knows its views."""
+    return [value.partition("=")[0] for value in values or () if "=" in value]
+
+
+def listed(text: str | None) -> tuple[str, ...]:
+    """`A,B` as ('A', 'B')."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def settings(values: Sequence[str] | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`--set KEY=VALUE` entries as values that a head's settings take: `A,B` for several, `none` for None."""
+    found: dict[str, Any] = {}
+    for name, text in pairs("--set", values).items():
+        kind = fields[name].annotation if name in fields else str
+        if get_origin(kind) is tuple:
+            found[name] = listed(text.strip("[]()"))
+        else:
+            found[name] = None if text.lower() == "none" and type(None) in get_args(kind) else text
     return found
 
 
@@ -258,9 +286,8 @@ def device_options(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def target_options(params: Mapping[str, Any]) -> dict[str, Any]:
     """Target, task and the meaning of uncertain labels, as configuration."""
-    target = params["target"]
     return {
-        "target": tuple(target.split(",")) if target else (),
+        "target": listed(params["target"]),
         "task": str(params["task"]),
         "uncertain": pairs("--uncertain", params["uncertain"]),
     }

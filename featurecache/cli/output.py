@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -19,6 +21,7 @@ from featurecache.errors import FeatureCacheError
 
 SCHEMA = 1
 DONE, FAILED, WRONG, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
+STATES = {DONE: "done", FAILED: "failed", WRONG: "failed", PARTLY: "partly failed", INTERRUPTED: "interrupted"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Output")]
 Quiet = Annotated[
@@ -40,11 +43,7 @@ class Output:
     failed: list[dict[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     next: str = ""
-
-    @property
-    def silent(self) -> bool:
-        """Whether progress is to be left out altogether."""
-        return self.quiet
+    status: int = DONE
 
     def text(self, line: str = "") -> None:
         """A line for people; goes to stdout unless --json or --quiet."""
@@ -52,9 +51,9 @@ class Output:
 
     def finish(self) -> int:
         """Print what was gathered; returns the exit status."""
-        status = PARTLY if self.failed else DONE
+        status = self.status or (PARTLY if self.failed else DONE)
         if self.as_json:
-            self._print_json("partly failed" if self.failed else "done", self.figures)
+            print_json(self.command, STATES[status], self.figures, self.outputs, self.failed)
         elif self.quiet:
             for path in self.outputs:
                 print(path)
@@ -70,25 +69,10 @@ class Output:
     def error(self, message: str, status: int) -> int:
         """Print what went wrong; returns the exit status."""
         if self.as_json:
-            self._print_json("interrupted" if status == INTERRUPTED else "failed", {**self.figures, "error": message})
+            figures = {**self.figures, "error": message}
+            print_json(self.command, STATES[status], figures, self.outputs, self.failed)
         print(message if status == INTERRUPTED else f"Error: {message}", file=sys.stderr)
         return status
-
-    def _print_json(self, status: str, figures: Mapping[str, Any]) -> None:
-        print(
-            json.dumps(
-                {
-                    "schema": SCHEMA,
-                    "command": self.command,
-                    "status": status,
-                    "outputs": self.outputs,
-                    "failed": self.failed,
-                    **figures,
-                },
-                ensure_ascii=False,
-                default=str,
-            )
-        )
 
     def _print_failed(self, shown: int = 10) -> None:
         for entry in self.failed[:shown]:
@@ -99,38 +83,70 @@ class Output:
 
 @contextmanager
 def command(name: str, *, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
-    """Run a command's body: its errors become one line and an exit status, its results are printed at the end.
+    """Run a command's body: its errors become one message and an exit status, its results are printed at the end.
 
     SIGTERM ends it like Ctrl-C: what is complete gets committed on the way out.
     """
     output = Output(name, as_json, quiet, debug)
+    set_up_process()
+    try:
+        yield output
+        status = output.finish()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain when Python flushes at its end
+        status = FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        status = output.error(*describe(error))
+    if status:
+        raise typer.Exit(status)
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """What to tell the user of an error, and the exit status."""
+    if isinstance(error, FeatureCacheError):
+        return str(error), error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted. What was complete is kept; run the same command again to go on.", INTERRUPTED
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, OSError | MemoryError):  # the machine's: a full disk, no permission
+        return what, FAILED
+    return (
+        f"unexpected {what}\nThis is a bug in featurecache. Run the command again with --debug and report it.",
+        FAILED,
+    )
+
+
+def set_up_process() -> None:
+    """SIGTERM as Ctrl-C, and warnings as one line without the place in our code."""
 
     def terminate(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
+    def one_line(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return f"Warning: {message}\n"
+
     try:
         signal.signal(signal.SIGTERM, terminate)
     except ValueError:  # not the main thread: a caller that embeds the app keeps its own handlers
-        pass
-    try:
-        yield output
-        status = output.finish()
-    except FeatureCacheError as error:
-        if debug:
-            traceback.print_exc()
-        status = output.error(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        status = output.error(
-            "Interrupted. What was complete is kept; run the same command again to go on.", INTERRUPTED
-        )
-    except (OSError, MemoryError) as error:
-        if debug:
-            traceback.print_exc()
-        status = output.error(f"{type(error).__name__}: {error}", FAILED)
-    if status:
-        raise typer.Exit(status)
+        return
+    warnings.formatwarning = one_line
+
+
+def print_json(
+    command: str,
+    status: str,
+    figures: Mapping[str, Any],
+    outputs: Sequence[str] = (),
+    failed: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """The one object that --json prints."""
+    head = {"schema": SCHEMA, "command": command, "status": status, "outputs": outputs, "failed": failed}
+    print(json.dumps({**head, **figures}, ensure_ascii=False, default=str))
 
 
 def human_bytes(count: float) -> str:

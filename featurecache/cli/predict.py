@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,10 @@ from featurecache.cli import options as opt
 from featurecache.cli.heads import flat_metrics, metric_line
 from featurecache.cli.output import Debug, Json, Output, Quiet, command
 from featurecache.cli.progress import reporter
+
+if TYPE_CHECKING:
+    from featurecache.newsamples import NewSamples
+    from featurecache.run import Run
 
 RUN = Annotated[Path, typer.Argument(help="A run of fit-head or finetune-joint.")]
 STORE = Annotated[Path | None, typer.Option(help="Keep features here: the next time only new images are computed.")]
@@ -21,19 +25,20 @@ PREDICT_EPILOG = (
 EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache"
 
 
-def new_samples(params: dict[str, Any], sources: tuple[str, ...]) -> Any:
+def new_samples(run: Run, params: dict[str, Any], sources: tuple[str, ...]) -> NewSamples:
     """What the parameters say about the new samples."""
-    from featurecache.predict import NewSamples
+    from featurecache.newsamples import NewSamples
 
-    views = opt.pairs("--view", params["view"])
-    names = list(views)
     return NewSamples(
         sources=sources,
         store=params["store"],
-        manifest={"views": views, "id": params["id"], "root": params["root"], "allow_outside": params["allow_outside"]},
+        manifest={
+            "views": opt.pairs("--view", params["view"]),
+            **{name: params[name] for name in ("id", "root", "allow_outside")},
+        },
         body={
-            "body": opt.per_view("--body", params["body"], names),
-            "weights": opt.per_view("--weights", params["weights"], names),
+            "body": opt.per_view("--body", params["body"], run.views),
+            "weights": opt.per_view("--weights", params["weights"], run.views),
             "trust_factory": tuple(params["trust_factory"] or ()),
         },
         device=params["device"],
@@ -67,9 +72,11 @@ def predict(
     """Predict new samples with a run; head runs go through the cache, so the second time only new images cost."""
     with command("predict", as_json=as_json, quiet=quiet, debug=debug) as output:
         from featurecache.predict import predict as run_prediction
+        from featurecache.run import load_run
 
+        loaded = load_run(run)
         with reporter(quiet=quiet) as progress:
-            scored, path = run_prediction(run, new_samples(ctx.params, tuple(sources)), out, progress)
+            scored, path = run_prediction(loaded, new_samples(loaded, ctx.params, tuple(sources)), out, progress)
         output.outputs = [str(path)]
         output.failed = scored.failures
         output.figures = {"samples": len(scored.sample_ids), "computed": scored.computed, "reused": scored.reused}
@@ -110,14 +117,18 @@ def evaluate(
             for split in ("test", "valid", "train"):
                 if split in loaded.metrics:
                     output.text(metric_line(split, loaded.metrics[split]))
+            output.next = f"featurecache evaluate {run} MANIFEST measures on new labelled samples"
             return
         from featurecache.evaluate import evaluate as run_evaluation
 
         with reporter(quiet=quiet) as progress:
-            found = run_evaluation(loaded, new_samples(ctx.params, (manifest,)), bootstrap=bootstrap, reporter=progress)
+            new = new_samples(loaded, ctx.params, (manifest,))
+            found = run_evaluation(loaded, new, bootstrap=bootstrap, reporter=progress)
         output.outputs = [str(found.path)]
         output.failed = found.scored.failures
         output.figures = {
+            "run": str(run),
+            "samples": len(found.scored.sample_ids),
             "computed": found.scored.computed,
             "reused": found.scored.reused,
             **flat_metrics(found.metrics),
@@ -125,6 +136,7 @@ def evaluate(
         tell_notes(output, found.scored.notes)
         output.text(metric_line("test", found.metrics["test"]))
         output.text(f"written   {found.path}")
+        output.next = f"compare with the run's own: featurecache evaluate {run}"
 
 
 def tell_notes(output: Output, notes: list[str]) -> None:

@@ -1,80 +1,16 @@
-"""Draws progress on stderr: bars with rate and time left on a terminal, a line every 30 s elsewhere."""
+"""Tells of progress on stderr: bars on a terminal, elsewhere a line every 30 s."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+if TYPE_CHECKING:
+    from featurecache.cli.bars import Terminal
 
 LINE_EVERY = 30.0  # seconds
-
-
-class RateColumn(ProgressColumn):
-    """Units per second, over the recent past."""
-
-    def render(self, task: Task) -> Text:
-        """`123.4 images/s`."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
-
-
-class Terminal:
-    """A Reporter with one bar a task."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            RateColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[status]}"),
-            console=Console(stderr=True),
-            transient=False,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def begin(self, task: str, total: int | None, unit: str = "images") -> None:
-        """Show a bar."""
-        self._tasks[task] = self._progress.add_task(task, total=total, unit=unit, status="")
-
-    def advance(self, task: str, n: int = 1, *, status: str = "") -> None:
-        """Move the bar."""
-        if status:
-            self._progress.update(self._tasks[task], advance=n, status=status)
-        else:
-            self._progress.update(self._tasks[task], advance=n)
-
-    def end(self, task: str) -> None:
-        """Leave the bar as it stands."""
-        self._progress.stop_task(self._tasks[task])
-
-    def note(self, message: str) -> None:
-        """A line above the bars."""
-        self._progress.console.print(message, highlight=False, markup=False)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
 
 class Lines:
@@ -130,4 +66,8 @@ def reporter(*, quiet: bool) -> Terminal | Lines:
     """The reporter that suits stderr."""
     if quiet:
         return Mute()
-    return Terminal() if sys.stderr.isatty() else Lines()
+    if not sys.stderr.isatty():
+        return Lines()
+    from featurecache.cli.bars import Terminal
+
+    return Terminal()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from featurecache.cli.output import Debug, Json, Quiet, command, human_bytes
+from featurecache.cli.output import FAILED, Debug, Json, Quiet, command, human_bytes
 
 STORE = Annotated[Path, typer.Argument(help="A store.")]
 INFO_EPILOG = "Example: featurecache info cache"
@@ -37,3 +37,54 @@ def info(store: STORE, as_json: Json = False, quiet: Quiet = False, debug: Debug
                     f"{count:,} {state}" for state, count in counts.items() if state != "recipe" and count
                 )
                 output.text(f"            {view}: {states}, recipe {counts['recipe']}")
+
+
+def verify(
+    store: STORE,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop rows of damaged chunks, so that extract computes them again.")
+    ] = False,
+    rebuild_index: Annotated[
+        bool, typer.Option("--rebuild-index", help="Make the index anew from the features.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check every byte of a store against what was committed; exit status 1 where something is wrong."""
+    with command("verify", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.store import rebuild, verify
+        from featurecache.store import repair as repairs
+
+        done = []
+        if rebuild_index:
+            done.append(("rebuilt", rebuild.rebuild_index(store)))
+        if repair:
+            done.append(("repaired", repairs.repair(store)))
+        for what, report in done:
+            output.text(
+                f"{what:<9} {report.kept:,} rows kept, {report.dropped:,} dropped, {len(report.trashed):,} files"
+            )
+            for note in report.notes:
+                output.text(f"note      {note}")
+        found = verify.verify(store)
+        output.outputs = [str(store)]
+        output.figures = {
+            "rows_dropped": sum(report.dropped for _, report in done),
+            "files_trashed": sum(len(report.trashed) for _, report in done),
+            "files_rewritten": sum(len(report.rewritten) for _, report in done),
+            **found.to_json(),
+        }
+        output.text(f"checked   {found.recipes:,} recipes, {found.chunks:,} chunks, {found.rows:,} rows")
+        output.text(f"          {human_bytes(found.bytes)} read")
+        for problem in found.problems:
+            output.text(f"wrong     {problem}")
+        for note in found.notes:
+            output.text(f"note      {note}")
+        output.text("sound" if found.ok else f"{len(found.problems):,} problems")
+        if not found.ok:
+            output.status = FAILED
+            broken = any(problem.kind in ("index", "unknown") for problem in found.problems)
+            output.next = f"featurecache verify {store} {'--rebuild-index' if broken else '--repair'}"
+        elif any(report.dropped for _, report in done):
+            output.next = "featurecache extract ... with the same manifest computes the dropped rows again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,8 +63,12 @@ class Manifest:
         return self.table[name]
 
 
-def read_manifest(config: ManifestConfig) -> Manifest:
+def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
     """Read and check a manifest.
+
+    Args:
+        config: which, and how it is to be read.
+        images: whether the image files must be there; without, `location` says where they should be.
 
     Wide layout: a row per sample; `views` maps view names to a column, or to several (`COL1,COL2`) that hold several
         images
@@ -90,7 +95,7 @@ def read_manifest(config: ManifestConfig) -> Manifest:
     layout = read_long(source, config, views) if config.layout == "long" else read_wide(source, config, views)
     problems += layout.problems
     problems += _unknown_views(config, layout.views)
-    cells = _locate(source, config, layout, problems)
+    cells = _locate(source, config, layout, problems, images=images)
     if problems:
         count = len(problems)
         raise InputError.from_problems(f"{source.shown}: {count} problem{'s' * (count > 1)}", problems)
@@ -141,18 +146,22 @@ def _unknown_views(config: ManifestConfig, views: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _locate(source: Source, config: ManifestConfig, layout: Layout, problems: list[str]) -> pl.DataFrame:
+def _locate(
+    source: Source, config: ManifestConfig, layout: Layout, problems: list[str], *, images: bool
+) -> pl.DataFrame:
     """Add kind and location; complain of files that are missing or outside the root."""
     text = [view for view in layout.views if for_view(config.reader, view, "image") == "text"]
     cells = layout.cells.with_columns(
         pl.when(pl.col("view").is_in(text)).then(pl.lit("text")).otherwise(pl.lit("file")).alias("kind")
     )
     root = config.root if config.root is not None else (source.path if source.path.is_dir() else source.path.parent)
-    if not Path(root).is_dir():
+    if images and not Path(root).is_dir():
         problems.append(f"--root {root}: no such folder")
         return cells.with_columns(pl.lit(None, dtype=pl.String).alias("location"))
     wanted = cells.filter((pl.col("kind") == "file") & pl.col("value").is_not_null())
     located = locate(wanted["value"], str(root), allow_outside=config.allow_outside)
+    if not images:
+        located = _expected(located, str(root))
     cells = cells.join(located, on="value", how="left", maintain_order="left").with_columns(
         pl.when(pl.col("kind") == "file").then("location").alias("location")
     )
@@ -168,6 +177,18 @@ def _locate(source: Source, config: ManifestConfig, layout: Layout, problems: li
     if wrong["problem"].str.starts_with("leaves the root").any():
         problems.append("paths that leave the root are refused unless you give --allow-outside")
     return cells
+
+
+def _expected(located: pl.DataFrame, root: str) -> pl.DataFrame:
+    """Files that are gone are no problem: where they would be."""
+    gone = located["problem"].str.starts_with("no such file").fill_null(False)
+    places = [
+        os.path.realpath(os.path.join(root, value)) if missing else location
+        for value, location, missing in zip(located["value"], located["location"], gone, strict=True)
+    ]
+    return located.with_columns(
+        pl.Series("location", places, dtype=pl.String), problem=pl.when(~gone).then(pl.col("problem"))
+    )
 
 
 def _sentence(problem: str) -> str:

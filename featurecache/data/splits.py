@@ -191,8 +191,8 @@ def _place(
 ) -> np.ndarray:
     """The side of each unit: where it reduces the chi-square distance to the wanted counts most.
 
-    The change for `count` samples more on a side is count * (2 * (have - goal) + count) / goal. Its last term is taken in
-    full for large units only: else small sides would get fewer large groups than their share.
+    The change for `count` samples more on a side is count * (2 * (have - goal) + count) / goal. Its last term is taken
+    in full for large units only: else small sides would get fewer large groups than their share.
     """
     strata = max(stratum for pairs in members for stratum, _ in pairs) + 1
     totals = np.zeros(strata)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from featurecache import config
-from featurecache.data.targets import Target
 from featurecache.errors import InputError, RunError, did_you_mean
 from featurecache.features import Block, Features
+from featurecache.heads.fold import CHUNK, Fold, untrainable, with_target
+from featurecache.heads.record import (
+    PICKLE,
+    RECORD,
+    HeadRecord,
+    check_file,
+    first_line,
+    is_pickle,
+    read_record,
+    write_record,
+)
+
+__all__ = ["Fold", "Head", "Progress", "get_head", "head_names", "load_head", "read_record", "untrainable"]
 
 GROUP = "featurecache.heads"
-RECORD = "head.json"
-SCHEMA = 1
-PICKLE = "a Python pickle, which heads never are; nothing of it was executed"
-CHUNK = 4096  # rows that are in float32 at a time where a head goes through all of them
 
 # Ours are named like entry points, so that a head from elsewhere is found by the same route.
 _BUILTIN = {
@@ -38,54 +42,6 @@ _BUILTIN = {
 }
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Some rows of the features with their targets.
-
-    Attributes:
-        features: all rows.
-        rows: int64 (n,), which of them are meant.
-        target: `target.values[i]` belongs to `rows[i]`.
-    """
-
-    features: Features
-    rows: NDArray[np.int64]
-    target: Target
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def known(self) -> Fold:
-        """The rows that have a target (multilabel and several regression targets: at least one)."""
-        known = np.asarray(self.target.known)
-        if known.all():
-            return self
-        keep = np.flatnonzero(known)
-        return Fold(self.features, self.rows[keep], self.target.subset(keep))
-
-    def chunks(self, size: int = CHUNK) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Positions within the fold and their features, (up to `size`, n_features) float32 at a time."""
-        for start in range(0, len(self), size):
-            where = slice(start, min(start + size, len(self)))
-            yield where, self.features[self.rows[where]]
-
-
-class HeadRecord(config.Settings):
-    """What head.json holds; `fitted` is the head's own."""
-
-    head: str
-    settings: dict[str, Any]
-    task: Literal["binary", "multiclass", "multilabel", "regression"]
-    classes: tuple[str, ...]
-    names: tuple[str, ...]
-    skipped: tuple[str, ...]
-    blocks: tuple[dict[str, Any], ...]
-    seed: int
-    file: str
-    sha256: str
-    fitted: dict[str, Any] = Field(default_factory=dict)
 
 
 class Head(ABC):
@@ -162,14 +118,17 @@ class Head(ABC):
         Raises:
             InputError: the rows do not allow training (one class only, no known target, other columns in `valid`).
         """
-        train = _with_target(train, "training")
-        valid = _with_target(valid, "validation") if valid is not None else None
+        train = with_target(train, "training")
+        valid = with_target(valid, "validation") if valid is not None else None
         if valid is not None and valid.features.blocks != train.features.blocks:
             raise InputError("training and validation features have different columns")
         target = train.target
         self.task_, self.classes_, self.names_ = target.task, tuple(target.classes), tuple(target.names)
         self.blocks_ = tuple(train.features.blocks)
         self.skipped_ = untrainable(target)
+        if valid is not None and target.task in ("multilabel", "regression"):
+            if np.isnan(valid.target.values[:, self.active]).all():
+                raise InputError("validation: no label that can be trained has a known value")
         self.history_, self.fitted_ = [], {}
         self._progress = progress
         try:
@@ -257,8 +216,7 @@ class Head(ABC):
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             fitted=self.fitted_,
         )
-        text = json.dumps({"schema": SCHEMA, **record.model_dump(mode="json")}, indent=2, allow_nan=False)
-        (directory / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_record(directory, record)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: str = "cpu") -> Self:
@@ -279,13 +237,13 @@ class Head(ABC):
             raise RunError(f"{directory / RECORD}: {error}") from None
         head._restore(record, directory / RECORD)
         path = directory / cls.file
-        _check_file(path, record.sha256)
+        check_file(path, record.sha256)
         try:
             head._read(path)
         except Exception as error:
-            if isinstance(error, RunError) and not _is_pickle(path):
+            if isinstance(error, RunError) and not is_pickle(path):
                 raise
-            why = PICKLE if _is_pickle(path) else _first_line(error)
+            why = PICKLE if is_pickle(path) else first_line(error)
             raise RunError(f"{path}: can't be read as a head of kind {cls.name!r}: {why}") from None
         head._is_fitted = True
         return head
@@ -369,29 +327,6 @@ def load_head(directory: str | Path, *, device: str = "cpu") -> Head:
     return kind.load(directory, device=device)
 
 
-def read_record(directory: Path) -> HeadRecord:
-    """head.json of a directory.
-
-    Raises:
-        RunError: it is missing, not JSON, has an unknown key or a value that does not fit.
-    """
-    path = directory / RECORD
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-        schema = values.pop("schema", None)
-        if schema != SCHEMA:
-            raise RunError(f"{path}: schema {schema!r}; this version of featurecache reads {SCHEMA}")
-        return HeadRecord.create(values, source=str(path))
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; {directory} holds no saved head") from None
-    except InputError as error:
-        raise RunError(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read: {_first_line(error)}") from None
-
-
 def _registered() -> dict[str, EntryPoint]:
     """Name -> entry point; a name that two packages claim is refused."""
     known = dict(_BUILTIN)
@@ -400,66 +335,3 @@ def _registered() -> dict[str, EntryPoint]:
             raise InputError(f"head {point.name!r} is registered twice: {known[point.name].value} and {point.value}")
         known[point.name] = point
     return known
-
-
-def _with_target(fold: Fold, what: str) -> Fold:
-    """The fold's rows with a target, refused where there are none."""
-    if len(fold.rows) != len(fold.target.values):
-        raise InputError(f"{what}: {len(fold.rows)} rows but {len(fold.target.values)} targets")
-    known = fold.known()
-    if not len(known):
-        raise InputError(f"{what}: none of the {len(fold)} rows has a known target")
-    return known
-
-
-def untrainable(target: Target) -> tuple[str, ...]:
-    """Labels, targets or classes that the training rows say nothing about.
-
-    Args:
-        target: of the training rows; those without a known target do not count.
-
-    Raises:
-        InputError: there is nothing left to train.
-    """
-    values = target.values
-    if target.task in ("binary", "multiclass"):
-        counts = np.bincount(values[values >= 0], minlength=len(target.classes))
-        if np.count_nonzero(counts) < 2:
-            only = target.classes[int(counts.argmax())]
-            raise InputError(
-                f"training rows of {target.names[0]!r} hold only the class {only!r}: nothing to tell apart"
-            )
-        return tuple(name for name, count in zip(target.classes, counts, strict=True) if not count)
-    if target.task == "multilabel":
-        trainable = (values == 0).any(axis=0) & (values == 1).any(axis=0)
-        why = "no label has both a known positive and a known negative"
-    else:
-        trainable, why = ~np.isnan(values).all(axis=0), "no target has a known value"
-    if not trainable.any():
-        raise InputError(f"training rows of {', '.join(target.names)}: {why}")
-    return tuple(name for name, good in zip(target.names, trainable, strict=True) if not good)
-
-
-def _check_file(path: Path, sha256: str) -> None:
-    """Compare a head's file with the record before any parser sees it."""
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise RunError(f"{path}: can't be read: {error.strerror}") from None
-    if found != sha256:
-        why = PICKLE if _is_pickle(path) else f"changed since it was written (its SHA-256 is not that in {RECORD})"
-        raise RunError(f"{path}: {why}")
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file looks like a pickle, or like torch.save's archive of one; nothing of it is executed."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
-    content = path.read_bytes()
-    return len(content) > 2 and content[0] == 0x80 and content[1] <= 5 and content[-1:] == b"."
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

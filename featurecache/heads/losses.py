@@ -173,6 +173,6 @@ def _named(setting: Mapping[str, float], names: tuple[str, ...], what: str) -> N
             raise InputError(
                 f"class_weight: no {what} {name!r}.{did_you_mean(name, names)} There are: {', '.join(names)}."
             )
-        if not weight >= 0:
-            raise InputError(f"class_weight: {name!r}={weight}: must not be negative")
+        if not weight > 0:
+            raise InputError(f"class_weight: {name!r}={weight}: must be positive")
     return np.array([float(setting.get(name, 1.0)) for name in names])

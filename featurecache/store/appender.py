@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,6 +64,7 @@ class Appender:
         self._pending: set[tuple[bytes, int]] = set()
         self._since: float | None = None
         self._closed = False
+        self._pid = os.getpid()
         if self._stored.partial is not None:
             self._take_over(reader, self._stored.partial)
 
@@ -99,8 +101,9 @@ class Appender:
             InputError: shapes or names don't fit; nothing was taken.
             StoreError: writing failed; what was committed before is intact, and this appender takes no more.
         """
-        if self._closed:
-            raise StoreError(f"recipe {self._stored.recipe.id}: this appender is closed")
+        if self._closed or self._pid != os.getpid():
+            what = "closed" if self._closed else f"of process {self._pid}, this is a child of it"
+            raise StoreError(f"recipe {self._stored.recipe.id}: this appender is {what}")
         key_rows, replicas, casts = self._validated(keys, arrays, replica)
         fresh = self._fresh(key_rows, replicas, casts)
         for start in range(0, len(fresh), self._rows):
@@ -190,17 +193,17 @@ class Appender:
 
     def commit_if_due(self) -> None:
         """Commit the partial chunk if its first uncommitted row is 30 s old; call it while waiting for more rows."""
-        if self._since is not None and time.monotonic() - self._since >= COMMIT_SECONDS:
+        if self._since is not None and self._pid == os.getpid() and time.monotonic() - self._since >= COMMIT_SECONDS:
             self._commit()
 
     def flush(self) -> None:
         """Commit every row taken so far."""
-        if self.uncommitted:
+        if self.uncommitted and self._pid == os.getpid():
             self._commit()
 
     def close(self) -> None:
-        """Flush and give the recipe back for another appender."""
-        if self._closed:
+        """Flush and give the recipe back for another appender; in a forked child this does nothing."""
+        if self._closed or self._pid != os.getpid():
             return
         try:
             self.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -155,13 +156,22 @@ def save_binding(index: Index, binding: Binding, *, replace: bool) -> None:
                 f"{binding.manifest_path}. Give another --name, or --replace to bind it anew."
             )
         connection.execute(
-            "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                binding.name, binding.manifest_path, binding.manifest_digest, binding.digest, binding.multi,
-                json.dumps(binding.config, ensure_ascii=False), json.dumps(binding.recipes, ensure_ascii=False),
-                _parquet(binding.table), _parquet(binding.cells),
+                binding.name,
+                binding.manifest_path,
+                binding.manifest_digest,
+                binding.digest,
+                binding.multi,
+                json.dumps(binding.config, ensure_ascii=False),
+                json.dumps(binding.recipes, ensure_ascii=False),
+                _parquet(binding.table),
+                _parquet(binding.cells.drop("key")),
+                cell_keys(binding.cells)[0].tobytes(),
+                binding.cells["sample"].to_numpy().astype("<u4").tobytes(),
+                json.dumps(binding.table["sample_id"].to_list(), ensure_ascii=False),
             ),
-        )  # fmt: skip
+        )
         next_generation(connection)
 
 
@@ -178,20 +188,28 @@ def load_binding(index: Index, name: str) -> Binding:
         InputError: there is none; names the nearest.
         CorruptionError: its bytes in the index are damaged.
     """
-    columns = "manifest_path, manifest_digest, digest, multi, config, recipes, samples, cells"
+    columns = "manifest_path, manifest_digest, digest, multi, config, recipes, samples, cells, keys"
     with index.reading() as connection:
         found = connection.execute(f"SELECT {columns} FROM bindings WHERE name = ?", (name,)).fetchone()
     if found is None:
         names = binding_names(index)
         known = f"Known: {', '.join(names)}." if names else "There are no datasets yet."
         raise InputError(f"{index.paths.root}: no dataset {name!r}.{did_you_mean(name, names)} {known}")
-    path, manifest_digest, digest, multi, config, recipes, samples, cells = found
+    path, manifest_digest, digest, multi, config, recipes, samples, cells, keys = found
     remedy = f"{index.paths.index}: dataset {name!r} is damaged. Run extract on {path} again; no feature is recomputed."
     try:
+        blobs = [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+        cell_key = pl.Series("key", [blob if any(blob) else None for blob in blobs], dtype=pl.Binary)
         binding = Binding(
-            name, path, manifest_digest, pl.read_parquet(io.BytesIO(samples)), json.loads(config), json.loads(recipes),
-            multi, pl.read_parquet(io.BytesIO(cells)),
-        )  # fmt: skip
+            name,
+            path,
+            manifest_digest,
+            pl.read_parquet(io.BytesIO(samples)),
+            json.loads(config),
+            json.loads(recipes),
+            multi,
+            pl.read_parquet(io.BytesIO(cells)).insert_column(3, cell_key),
+        )
     except (pl.exceptions.PolarsError, ValueError, OSError) as error:
         raise CorruptionError(f"{remedy} ({error})") from error
     if binding.digest != digest:
@@ -207,7 +225,7 @@ def _parquet(frame: pl.DataFrame) -> bytes:
 
 def _hash_frame(sha256: Any, frame: pl.DataFrame) -> None:
     """Feed the logical content of a table to a hash: independent of Parquet and of polars' memory layout."""
-    for series in frame.iter_columns():
+    for series in frame.get_columns():
         sha256.update(canonical_json([series.name, str(series.dtype), len(series)]))
         sha256.update(np.packbits(series.is_null().to_numpy()).tobytes())
         if series.dtype == pl.Boolean or (series.dtype.is_numeric() and not series.dtype.is_decimal()):
@@ -225,16 +243,18 @@ def _hash_frame(sha256: Any, frame: pl.DataFrame) -> None:
 
 
 def samples_with(index: Index, keys: set[bytes]) -> list[str]:
-    """Ids of the samples, over all datasets, that have a cell with one of these keys; each once, in order."""
+    """Ids of the samples, over all datasets, that have a cell with one of these keys; each once, in order.
+
+    Without polars, whose threads are gone in a forked DataLoader worker: to call it there would hang.
+    """
     found: dict[str, None] = {}
-    for name in binding_names(index):
-        try:
-            binding = load_binding(index, name)
-        except CorruptionError:
-            continue  # it is only asked to explain other damage
-        hit = np.array([key in keys for key in binding.cells["key"].to_list()], dtype=np.bool_)
-        samples = np.unique(binding.cells["sample"].to_numpy()[hit])
-        found.update(dict.fromkeys(binding.table["sample_id"].gather(samples).to_list()))
+    with index.reading() as connection:
+        stored = connection.execute("SELECT keys, owners, ids FROM bindings ORDER BY name").fetchall()
+    for blob, owners, ids in stored:
+        hit = [at // KEY_BYTES for at in range(0, len(blob), KEY_BYTES) if blob[at : at + KEY_BYTES] in keys]
+        with contextlib.suppress(ValueError, IndexError):  # damaged as well, but only asked to explain other damage
+            names = json.loads(ids)
+            found.update((str(names[sample]), None) for sample in np.frombuffer(owners, "<u4")[hit].tolist())
     return list(found)
 
 

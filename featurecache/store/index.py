@@ -24,11 +24,12 @@ from featurecache.errors import CorruptionError, StoreError
 from featurecache.store.files import step
 from featurecache.store.format import ChunkRecord, Layout, StorePaths
 from featurecache.store.recipe import KEY_BYTES, Recipe
-from featurecache.store.schema import next_generation, sqlite_errors
+from featurecache.store.schema import next_generation, no_collections, sqlite_errors
 
 _BUSY_SECONDS = 30.0
+_WRITER_CACHE_KIB = 32 * 1024
 _FEW_KEYS = 512  # up to here keys are looked up one by one
-_PER_KEY = 32  # and where the recipe has more rows than this many for each key asked for
+_PER_KEY = 4  # and where the recipe has more rows than this many for each key asked for
 
 # Connections that were open when the process was forked. Closing one here could end the parent's locks or its
 # write-ahead log, so that they are kept for good instead.
@@ -101,6 +102,9 @@ class Index:
             connection = self._connect("mode=rw")
             connection.execute("PRAGMA journal_mode=WAL").fetchone()
             connection.execute("PRAGMA synchronous=FULL")
+            connection.execute(
+                f"PRAGMA cache_size=-{_WRITER_CACHE_KIB}"
+            )  # keys are random: each commit touches many pages
             connection.execute("PRAGMA foreign_keys=ON")
             return _Handle(connection, None)
         connection = self._connect("mode=ro")
@@ -363,9 +367,9 @@ def _merge(
         both = np.concatenate([raw, number_of.astype(">i4").view(np.uint8).reshape(-1, 4)], axis=1)
         return np.ascontiguousarray(both).view(f"S{width}").ravel()
 
-    found = connection.execute(
-        "SELECT key, replica, row FROM rows WHERE recipe = ? ORDER BY key, replica", (number,)
-    ).fetchall()
+    query = "SELECT key, replica, row FROM rows WHERE recipe = ? ORDER BY key, replica"
+    with no_collections():
+        found = connection.execute(query, (number,)).fetchall()
     if not found:
         return np.full(len(keys), -1, np.int64)
     known_keys, known_replicas, known_rows = zip(*found, strict=True)
@@ -373,5 +377,7 @@ def _merge(
         np.frombuffer(b"".join(known_keys), np.uint8).reshape(-1, KEY_BYTES), np.array(known_replicas, np.int32)
     )
     wanted = packed(keys, replicas)
-    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    order = np.argsort(wanted)  # searching in order stays in the processor's caches
+    at = np.empty(len(wanted), np.int64)
+    at[order] = np.minimum(np.searchsorted(known, wanted[order]), len(known) - 1)
     return np.where(known[at] == wanted, np.array(known_rows, np.int64)[at], -1)

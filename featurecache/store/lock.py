@@ -45,6 +45,7 @@ class WriterLock:
             self._identity = (status.st_dev, status.st_ino)
             _held[self._identity] = os.getpid()
         self._descriptor = descriptor
+        self._released = False
         self.pid = os.getpid()
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -71,8 +72,9 @@ class WriterLock:
     def release(self) -> None:
         """Give the lock back; in a process forked from the holder this does nothing."""
         with _registry:
-            if self.pid != os.getpid() or _held.get(self._identity) != self.pid:
+            if self._released or self.pid != os.getpid():
                 return
+            self._released = True
             del _held[self._identity]
             os.close(self._descriptor)
 

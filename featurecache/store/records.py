@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from featurecache.store.index import Index
+from featurecache.store.schema import no_collections
 
 STAT_MARGIN_NS = 2_000_000_000  # the coarsest clock of a file system in use (FAT: 2 s)
-_PER_PATH = 32
+_PER_PATH = 4
 
 
 class StatRecord(NamedTuple):
@@ -29,7 +30,8 @@ class StatRecord(NamedTuple):
     @classmethod
     def of(cls, path: str, status: os.stat_result, recorded_ns: int, sha256: bytes) -> StatRecord:
         """The record for a file that was just hashed."""
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, recorded_ns, sha256)
+        inode = _signed(status.st_ino)
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode, recorded_ns, sha256)
 
     def matches(self, status: os.stat_result) -> bool:
         """Whether a file that now looks like `status` surely holds the bytes that were hashed.
@@ -40,33 +42,42 @@ class StatRecord(NamedTuple):
             status.st_size == self.size
             and status.st_mtime_ns == self.mtime_ns
             and status.st_ctime_ns == self.ctime_ns
-            and status.st_ino == self.inode
+            and _signed(status.st_ino) == self.inode
             and self.recorded_ns - max(self.mtime_ns, self.ctime_ns) >= STAT_MARGIN_NS
         )
+
+
+def _signed(inode: int) -> int:
+    """An inode number as SQLite can hold it: some file systems use all 64 bits."""
+    return (inode + 2**63) % 2**64 - 2**63
+
+
+def _stored(path: str) -> str | bytes:
+    """A path as SQLite can hold it: bytes where it isn't UTF-8."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
 
 
 def load_payloads(index: Index, paths: Sequence[str]) -> dict[str, StatRecord]:
     """The records of those of `paths` that have one."""
     columns = "path, size, mtime_ns, ctime_ns, inode, recorded_ns, sha256"
-    decode = os.fsdecode
-    with index.reading() as connection:
+    with index.reading() as connection, no_collections():
         (total,) = connection.execute("SELECT COUNT(*) FROM payloads").fetchone()
         if total <= len(paths) * _PER_PATH:
-            wanted = set(paths)
-            return {
-                path: StatRecord(path, size, mtime, ctime, int(inode), recorded, sha256)
-                for raw, size, mtime, ctime, inode, recorded, sha256 in connection.execute(
-                    f"SELECT {columns} FROM payloads"
-                )
-                if (path := decode(raw)) in wanted
-            }
-        query, found = f"SELECT {columns} FROM payloads WHERE path = ?", {}
-        for path in paths:
-            row = connection.execute(query, (os.fsencode(path),)).fetchone()
-            if row is not None:
-                _, size, mtime, ctime, inode, recorded, sha256 = row
-                found[path] = StatRecord(path, size, mtime, ctime, int(inode), recorded, sha256)
-        return found
+            wanted = set(map(_stored, paths))
+            rows = connection.execute(f"SELECT {columns} FROM payloads")
+            found = {row[0]: StatRecord._make(row) for row in rows if row[0] in wanted}
+        else:
+            query = f"SELECT {columns} FROM payloads WHERE path = ?"
+            one_by_one = (connection.execute(query, (_stored(path),)).fetchone() for path in paths)
+            found = {row[0]: StatRecord._make(row) for row in one_by_one if row is not None}
+    for raw in [path for path in found if isinstance(path, bytes)]:
+        path = os.fsdecode(raw)
+        found[path] = found.pop(raw)._replace(path=path)
+    return found
 
 
 def save_payloads(index: Index, records: Iterable[StatRecord]) -> None:
@@ -74,10 +85,7 @@ def save_payloads(index: Index, records: Iterable[StatRecord]) -> None:
     with index.writing() as connection:
         connection.executemany(
             "INSERT OR REPLACE INTO payloads VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                (os.fsencode(r.path), r.size, r.mtime_ns, r.ctime_ns, str(r.inode), r.recorded_ns, r.sha256)
-                for r in records
-            ),
+            ((_stored(record.path), *record[1:]) for record in records),
         )
 
 

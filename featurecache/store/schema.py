@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,11 +35,14 @@ CREATE TABLE failures (
     recipe INTEGER NOT NULL REFERENCES recipes, key BLOB NOT NULL, reader TEXT NOT NULL, message TEXT NOT NULL,
     PRIMARY KEY (recipe, key)) STRICT, WITHOUT ROWID;
 CREATE TABLE payloads (
-    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
-    inode TEXT NOT NULL, recorded_ns INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT, WITHOUT ROWID;
+    path ANY PRIMARY KEY, -- text; bytes where the path is not UTF-8
+    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
+    recorded_ns INTEGER NOT NULL, sha256 BLOB NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE bindings (
     name TEXT PRIMARY KEY, manifest_path TEXT NOT NULL, manifest_digest TEXT NOT NULL, digest TEXT NOT NULL,
-    multi TEXT NOT NULL, config TEXT NOT NULL, recipes TEXT NOT NULL, samples BLOB NOT NULL, cells BLOB NOT NULL
+    multi TEXT NOT NULL, config TEXT NOT NULL, recipes TEXT NOT NULL,
+    samples BLOB NOT NULL, cells BLOB NOT NULL, -- Parquet; the cells without their keys
+    keys BLOB NOT NULL, owners BLOB NOT NULL, ids TEXT NOT NULL -- 32 bytes, a uint32 a cell; JSON list of sample ids
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -63,6 +67,18 @@ def build_index(path: Path, uuid: str) -> None:
 def next_generation(connection: sqlite3.Connection) -> None:
     """Count the store's generation up: part of every transaction that adds rows, recipes or bindings."""
     connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'generation'")
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Load many small tuples without the cyclic collector looking through them again and again (half of the time)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

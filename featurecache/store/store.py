@@ -50,7 +50,6 @@ class FeatureStore:
         self.path = Path(path)
         self._paths = StorePaths(self.path)
         self._lock: WriterLock | None = None
-        self._appenders: dict[str, Appender] = {}
         self._writer_pid = 0
         self._reset()
         if write:
@@ -66,6 +65,7 @@ class FeatureStore:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
+        self._appenders: dict[str, Appender] = {}
         self._index = Index(self._paths, write=False)
         self._reader = ChunkReader(self._index, self._paths)
         self._known: dict[str, StoredRecipe] = {}
@@ -384,6 +384,6 @@ def _reopen(path: str) -> FeatureStore:
     store = FeatureStore.__new__(FeatureStore)
     store.path = Path(path)
     store._paths = StorePaths(store.path)
-    store._lock, store._appenders, store._writer_pid = None, {}, 0
+    store._lock, store._writer_pid = None, 0
     store._reset()
     return store

@@ -76,12 +76,13 @@ def test_multilabel():
     assert target([0, 1], task="multilabel").values.shape == (2, 1)
     assert np.array_equal(found.subset(np.array([2, 0])).values, found.values[[2, 0]], equal_nan=True)
     many = {"a": [0, 1, 2, 3, 4, 5, 6], "b": ["x", "0", "0", "0", "0", "0", "0"]}
+    what = "multilabel targets are 0, 1 or empty (give --uncertain VALUE=ignore|zero|one for other marks)"
     assert refusal(many, ("a", "b"), task="multilabel", source="m.csv") == (
         "m.csv: target columns\n"
-        "  - column 'a': multilabel targets are 0, 1 or empty (give --uncertain VALUE=ignore|zero|one for other marks); "
+        f"  - column 'a': {what}; "
         "found sample 's2' (row 3): '2'; sample 's3' (row 4): '3'; sample 's4' (row 5): '4'; sample 's5' (row 6): '5'; "
         "sample 's6' (row 7): '6'\n"
-        "  - column 'b': multilabel targets are 0, 1 or empty (give --uncertain VALUE=ignore|zero|one for other marks); "
+        f"  - column 'b': {what}; "
         "found sample 's0' (row 1): 'x'"
     )
 

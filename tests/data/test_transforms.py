@@ -1,4 +1,4 @@
-"""Augmentation: draws that depend on names alone, geometry that all views share, colours that each view has of its own."""
+"""Augmentation: draws that depend on names alone, geometry that views share, colours that each view has of its own."""
 
 from __future__ import annotations
 

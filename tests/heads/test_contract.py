@@ -279,6 +279,12 @@ def test_what_can_not_be_trained_is_said(problem, fast, name):
     labels = problem("multilabel")
     with pytest.raises(InputError, match="y0, y1, y2: no label has both a known positive and a known negative"):
         head.fit(labels.with_values(np.ones_like(labels.target.values)).train)
+    values = labels.target.values.copy()
+    values[:140, 1] = 1
+    values[140:190, [0, 2]] = np.nan
+    lacking = labels.with_values(values)
+    with pytest.raises(InputError, match="validation: no label that can be trained has a known value"):
+        head.fit(lacking.train, lacking.valid)
     with pytest.raises(InputError, match=f"head '{name}' is not fitted"):
         head.scores(data.x)
     with pytest.raises(InputError, match="not fitted: there is nothing to save"):

@@ -8,7 +8,6 @@ from sklearn.preprocessing import StandardScaler
 
 from featurecache.errors import InputError, RunError
 from featurecache.features import ArrayFeatures
-from featurecache.heads import base
 from featurecache.heads.base import Fold, load_head
 from featurecache.heads.logistic import GRID, LogisticHead, standardiser
 
@@ -69,7 +68,6 @@ def test_regression_is_ridge(problem):
 
 
 def test_standardiser_is_that_of_scikit_learn_over_present_rows(problem, monkeypatch):
-    monkeypatch.setattr(base, "CHUNK", 32)
     monkeypatch.setattr(Fold.chunks, "__defaults__", (32,))
     data = problem("binary", missing=0.6)
     x = data.x

@@ -34,8 +34,8 @@ def test_named_weights():
     assert class_weights(LABELS, {"b": 2.0}).tolist() == [[1, 1], [1, 2]]
     with pytest.raises(InputError, match=r"class_weight: no label 'c'\. There are: a, b\."):
         class_weights(LABELS, {"c": 1.0})
-    with pytest.raises(InputError, match="class_weight: 'a'=-1: must not be negative"):
-        class_weights(LABELS, {"a": -1})
+    with pytest.raises(InputError, match="class_weight: 'a'=0: must be positive"):
+        class_weights(LABELS, {"a": 0})
 
 
 def test_unknown_entries_weigh_nothing():

@@ -94,6 +94,21 @@ def fill(path: Path, n: int = 40, codec: str = "none", rows_per_chunk: int = 16)
     return Filled(path, recipe, numbers)
 
 
+def write_known(path: Path, rows: int, at_step: Callable[[str], None] | None = None) -> int:
+    """Append known rows in chunks of 32 with a flush now and then, going on from what is there; how many were added."""
+    files.hook = at_step
+    with FeatureStore(path, write=True) as store:
+        recipe = make_recipe()
+        store.add_recipe(recipe, TAPS, rows_per_chunk=32)
+        with store.appender(recipe.id) as appender:
+            for at in range(0, rows, 10):
+                numbers = range(at, min(at + 10, rows))
+                appender.append(make_keys(numbers), make_features(numbers))
+                if at % 70 == 60:
+                    appender.flush()
+    return appender.appended
+
+
 @pytest.fixture
 def filled(tmp_path: Path) -> Filled:
     return fill(tmp_path / "store")
@@ -110,11 +125,19 @@ def kit() -> Any:
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        TAPS=TAPS, recipe=make_recipe, keys=make_keys, features=make_features, binding=make_binding, fill=fill
+        TAPS=TAPS,
+        recipe=make_recipe,
+        keys=make_keys,
+        features=make_features,
+        binding=make_binding,
+        fill=fill,
+        write=write_known,
     )
 
 
 @pytest.fixture(autouse=True)
-def no_hook() -> Any:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """No test cuts the power, so none waits for the disk; `files.hook` is taken away at the end."""
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)
     yield
     files.hook = None

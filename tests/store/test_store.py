@@ -260,7 +260,7 @@ def test_appending_what_does_not_fit(filled, kit, change, message):
     filled.check()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 60), max_size=20), st.sampled_from(["append", "flush", "close", "reopen"])),
@@ -340,9 +340,9 @@ def test_recipes_are_named_by_the_first_digits(filled):
     store = FeatureStore(filled.path)
     assert store.recipe(filled.recipe.digest[:5]).recipe == filled.recipe
     assert store.recipe(filled.recipe.digest).id == filled.recipe.id
-    with pytest.raises(InputError, match=f"no recipe 'zzz'. Recipes of this store: {filled.recipe.id}."):
+    with pytest.raises(InputError, match=f"no recipe 'zzz'. Recipes of this store: {filled.recipe.id}"):
         store.recipe("zzz")
-    with pytest.raises(InputError, match="has no tap 'layer4'; it has layer4@none, penultimate@none."):
+    with pytest.raises(InputError, match=r"has no tap .layer4.; it has layer4@none, penultimate@none\."):
         store.read(filled.recipe.id, "layer4", [0])
 
 
@@ -376,7 +376,7 @@ def test_what_is_not_a_store(tmp_path):
     with pytest.raises(MissingFileError, match=r"nothing: no such store. `featurecache extract` makes one."):
         FeatureStore(tmp_path / "nothing")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match="photos: not a feature store yet, empty."):
+    with pytest.raises(InputError, match=r"photos: not a feature store yet, empty\."):
         FeatureStore(tmp_path / "photos")
     (tmp_path / "photos" / "cat.jpg").touch()
     for write in (False, True):
@@ -384,7 +384,7 @@ def test_what_is_not_a_store(tmp_path):
             InputError, match=r"not a feature store: it holds cat.jpg, but no features.zarr and index.sqlite."
         ):
             FeatureStore(tmp_path / "photos", write=write)
-        with pytest.raises(InputError, match="cat.jpg: not a feature store but a file."):
+        with pytest.raises(InputError, match=r"cat\.jpg: not a feature store but a file\."):
             FeatureStore(tmp_path / "photos" / "cat.jpg", write=write)
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
@@ -454,7 +454,8 @@ def test_a_read_only_directory(tmp_path_factory, kit, log, request):
     filled = kit.fill(root / "store")
     if log:  # as a killed writer leaves it: the last commits are in the log only
         script = (
-            "import os, sys; sys.path.insert(0, sys.argv[2]); from conftest import *; from featurecache.store.store import *\n"
+            "import os, sys; sys.path.insert(0, sys.argv[2])\n"
+            "from conftest import *; from featurecache.store.store import *\n"
             "s = FeatureStore(sys.argv[1], write=True); a = s.appender(make_recipe().id)\n"
             "a.append(make_keys(range(40, 60)), make_features(range(40, 60))); os._exit(0)"
         )
@@ -479,6 +480,7 @@ def test_a_moved_store_is_the_same_store(filled, tmp_path, kit):
     filled.check()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_pickle_and_fork_open_anew(filled, kit):
     store = FeatureStore(filled.path)
     rows = store.rows(filled.recipe.id, kit.keys(range(40)))
@@ -498,17 +500,19 @@ def test_pickle_and_fork_open_anew(filled, kit):
     np.testing.assert_array_equal(store.read(filled.recipe.id, TAP, rows), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_of_the_writer_reads_and_does_not_write(filled, kit):
     store = FeatureStore(filled.path, write=True)
     appender = store.appender(filled.recipe.id)
     appender.append(kit.keys(range(40, 50)), kit.features(range(40, 50)))
+    binding = kit.binding(filled.recipe.id, [1])  # polars may not be called in a forked process
     child = os.fork()
     if child == 0:
         code = 1
         try:
             found = store.rows(filled.recipe.id, kit.keys([0, 39]))
             try:
-                store.bind(kit.binding(filled.recipe.id, [1]))
+                store.bind(binding)
             except StoreError:
                 store.close()
                 code = 0 if found.tolist() == [0, 39] else 2
@@ -529,28 +533,28 @@ def test_a_writer_looks_up_while_another_thread_appends(tmp_path, kit):
 
         def write() -> None:
             with store.appender(recipe.id) as appender:
-                for n in range(0, 300, 3):
+                for n in range(0, 150, 3):
                     appender.append(kit.keys(range(n, n + 3)), kit.features(range(n, n + 3)))
 
         thread = threading.Thread(target=write)
         thread.start()
         seen = 0
         while thread.is_alive():
-            rows = store.rows(recipe.id, kit.keys(range(300)))
+            rows = store.rows(recipe.id, kit.keys(range(150)))
             known = np.flatnonzero(rows >= 0)
             assert len(known) >= seen
             seen = len(known)
             np.testing.assert_array_equal(store.read(recipe.id, TAP, rows[known]), kit.features(known)[TAP])
         thread.join()
     store = FeatureStore(tmp_path / "s")
-    assert store.recipe(recipe.id).rows == 300
+    assert store.recipe(recipe.id).rows == 150
 
 
 WRITER = """
 import sys; sys.path.insert(0, sys.argv[2])
 from conftest import *
 with FeatureStore(sys.argv[1], write=True) as store, store.appender(make_recipe().id) as appender:
-    for n in range(40, 400, 3):
+    for n in range(40, 130, 3):
         appender.append(make_keys(range(n, n + 3)), make_features(range(n, n + 3)))
         appender.flush()
 """
@@ -561,7 +565,7 @@ def test_a_reader_sees_whole_commits_while_another_process_writes(filled, kit):
     writer = subprocess.Popen(arguments)
     store, seen = FeatureStore(filled.path), 40
     while writer.poll() is None:
-        rows = store.rows(filled.recipe.id, kit.keys(range(400)))
+        rows = store.rows(filled.recipe.id, kit.keys(range(130)))
         known = np.flatnonzero(rows >= 0)
         assert len(known) >= seen
         assert (known == np.arange(len(known))).all()
@@ -569,6 +573,6 @@ def test_a_reader_sees_whole_commits_while_another_process_writes(filled, kit):
         for tap, expected in kit.features(known).items():
             np.testing.assert_array_equal(store.read(filled.recipe.id, tap, rows[known]), expected)
     assert writer.returncode == 0
-    assert store.rows(filled.recipe.id, kit.keys([399]))[0] == 399
+    assert store.rows(filled.recipe.id, kit.keys([129]))[0] == 129
     store.close()
-    filled.check(range(400))
+    filled.check(range(130))

@@ -1,8 +1,8 @@
 """Decoders of JPEG and 16 bit PNG: torchvision's operators where they are, for JPEG else Pillow with the same pixels.
 
-The operators are called as such: since torchvision 0.29 the functions around them (`torchvision.io.decode_jpeg`) warn that
-decoding will move to TorchCodec. A JPEG's pixels are those of libjpeg-turbo with its accurate integer DCT and fancy
-upsampling, which both torchvision and Pillow hand through.
+The operators are called as such: since torchvision 0.29 the functions around them (`torchvision.io.decode_jpeg`) warn
+that decoding will move to TorchCodec. A JPEG's pixels are those of libjpeg-turbo with its accurate integer DCT and
+fancy upsampling, which both torchvision and Pillow hand through.
 """
 
 from __future__ import annotations
