@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,26 @@ def for_view(option: Mapping[str, T], view: str, default: T) -> T:
     return option.get(view, option.get(ANY_VIEW, default))
 
 
+# What pydantic adds to the place of an error to tell the members of a union apart.
+_MEMBER = re.compile(r"(constrained-\w+|literal\[.*\]|tuple\[.*\]|function-.*|int|float|str|bool|none)", re.DOTALL)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """A line per place: what is wrong there and what was found; the members of a union joined by `or`."""
+    found: dict[str, tuple[list[str], str]] = {}
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not _MEMBER.fullmatch(str(part)))
+        own = item["type"] == "value_error"
+        messages, _ = found.setdefault(where, ([], "" if own else f" (found {item['input']!r})"))
+        messages.append(item["msg"].removeprefix("Value error, "))
+    lines = []
+    for where, (messages, value) in found.items():
+        first, *others = dict.fromkeys(messages)
+        text = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+        lines.append(f"{where}: {text}{value}" if where else f"{text}{value}")
+    return lines
+
+
 class Settings(BaseModel):
     """Base of all configuration: frozen, and every unknown key is an error that names the nearest known one."""
 
@@ -60,13 +81,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            problems = []
-            for item in error.errors():
-                where = ".".join(str(part) for part in item["loc"])
-                message = item["msg"].removeprefix("Value error, ")
-                found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
-                problems.append(f"{where}: {message}{found}" if where else message)
-            raise InputError.from_problems(f"{source or cls.__name__}: not valid", problems) from None
+            raise InputError.from_problems(f"{source or cls.__name__}: not valid", _problems(error)) from None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

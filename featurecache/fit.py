@@ -90,20 +90,24 @@ def check_recipes(run: HeadRun, dataset: FeatureDataset) -> list[str]:
 
 def compare_recipes(run: HeadRun, recipes: Mapping[str, Recipe]) -> list[str]:
     """The same for recipes by view, whatever other taps they hold."""
-    notes, problems = [], []
+    notes: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     for view, recipe in run.view_recipes.items():
         serious, numeric = recipe_differences(recipe, recipes[view])
         if serious:
-            problems.append(f"view {view!r}: {serious}")
+            problems.setdefault(serious, []).append(view)
         elif numeric:
-            notes.append(f"view {view!r}: features differ from those that the head was fitted on in {numeric}")
+            notes.setdefault(numeric, []).append(view)
     if problems:
         raise RecipeMismatchError.from_problems(
             f"{run.path}: fitted on features of another recipe (then -> now). Use the run's own bodies, weights and "
             "preprocessing: `featurecache predict` does, and --body and --weights say where they are",
-            problems,
+            [f"view {', '.join(views)}: {text}" for text, views in problems.items()],
         )
-    return notes
+    return [
+        f"view {', '.join(views)}: features differ from those that the head was fitted on in {text}"
+        for text, views in notes.items()
+    ]
 
 
 def recipe_differences(then: Recipe, now: Recipe) -> tuple[str, str]:
@@ -113,8 +117,13 @@ def recipe_differences(then: Recipe, now: Recipe) -> tuple[str, str]:
     differences = [item for item in then.differences(now) if not item[0].startswith("taps")]
     parts: dict[bool, list[str]] = {True: [], False: []}
     for name, old, new in differences:
-        parts[name.partition(".")[0] in NUMERIC_FIELDS].append(f"{name} {old!r} -> {new!r}")
+        parts[name.partition(".")[0] in NUMERIC_FIELDS].append(f"{name} {shortened(old)} -> {shortened(new)}")
     return ", ".join(parts[False]), ", ".join(parts[True])
+
+
+def shortened(value: Any) -> str:
+    """A value of a recipe, of a digest its first digits."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 def list_blocks(blocks: list[tuple[str, str, tuple[int, ...]]]) -> str:

@@ -80,13 +80,13 @@ class Predictions:
             (n, names) float64 of 0, 1 and NaN where there is no score; regression: the scores.
         """
         if self.task == "multiclass":
-            return np.argmax(self.scores, axis=1).astype(np.int64)
+            best: NDArray[np.int64] = np.argmax(self.scores, axis=1).astype(np.int64)
+            return best
         if self.task == "regression":
             return self.scores
         if self.task == "binary":
             value = threshold if isinstance(threshold, int | float) else 0.5
-            positive: NDArray[np.bool_] = self.scores[:, 1] >= value
-            return positive.astype(np.int64)
+            return (self.scores[:, 1] >= value).astype(np.int64)
         cut = np.array([_of_label(threshold, name) for name in self.names])
         return np.where(np.isfinite(self.scores), (self.scores >= cut).astype(np.float64), np.nan)
 

@@ -93,22 +93,30 @@ def fit_head(
         with reporter(quiet=quiet) as progress:
             run = fit_from_config(config, command=typed_command(), reporter=progress)
         show_run(output, run)
-        output.next = f"open {run.path}/report.html, or: featurecache predict {run.path} MANIFEST --out preds.csv"
+        path = output.outputs[0]
+        output.next = f"open {path}/report.html, or: featurecache predict {path} MANIFEST --out preds.csv"
+
+
+def short_path(path: Path) -> str:
+    """A path as one would type it here: relative where it lies below the current directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def show_run(output: Output, run: Run) -> None:
     """The metrics of a run, test first, with intervals; what was left out, and why."""
-    output.outputs = [str(run.path)]
+    path = short_path(run.path)
+    output.outputs = [path]
     output.failed = list(run.record.get("failed", ()))
     output.figures = {
-        "run": str(run.path),
+        "run": path,
         "task": run.task,
         "views": list(run.views),
         "skipped": list(run.record.get("skipped", ())),
         **{name: run.record[name] for name in ("n_dropped", "n_failed", "failed_views") if name in run.record},
         **flat_metrics(run.metrics),
     }
-    output.text(f"run       {run.path} ({run.task}, views {', '.join(run.views)})")
+    output.text(f"run       {path} ({run.task}, views {', '.join(run.views)})")
     for split in ("test", "valid", "train"):
         if split in run.metrics:
             output.text(metric_line(split, run.metrics[split]))
@@ -120,7 +128,7 @@ def show_run(output: Output, run: Run) -> None:
         output.text(f"missing   view {view} of {count:,} samples: the image could not be read")
     if run.record.get("n_dropped"):
         output.text(f"left out  {run.record['n_dropped']:,} samples without the views")
-    output.text(f"report    {run.path / 'report.html'}")
+    output.text(f"report    {path}/report.html")
 
 
 def metric_line(split: str, metrics: dict[str, Any]) -> str:

@@ -27,6 +27,10 @@ class _Missing(Exception):
     """A chunk is not where the row was last seen: it may have been superseded since."""
 
 
+class _NoMaps(Exception):
+    """The platform or file system doesn't map files: chunks are read whole instead."""
+
+
 class _RecipeState:
     """What was last read from the index of one recipe, and what was checked since."""
 
@@ -136,9 +140,11 @@ class ChunkReader:
     def _gather(self, state: _RecipeState, spec: ArraySpec, slots: NDArray[np.int64]) -> NDArray[Any]:
         chunks, offsets = np.divmod(slots, state.rows_per_chunk)
         if spec.codec == "none" and self._map_files:
-            window = self._window(state, spec, int(chunks.max()))
-            if window is not None:
+            try:
+                window = self._window(state, spec, int(chunks.max()))
                 return self._take(state, spec, window, chunks, offsets)
+            except _NoMaps:
+                self._map_files = False
         out = np.empty((len(slots), *spec.row_shape), spec.dtype)
         order = np.argsort(chunks, kind="stable")
         starts = np.flatnonzero(np.diff(chunks[order], prepend=-1))
@@ -170,16 +176,15 @@ class ChunkReader:
             self._map(state, spec, window, chunk)
         return window.take(chunks, offsets)
 
-    def _window(self, state: _RecipeState, spec: ArraySpec, chunk: int) -> windows.Window | None:
+    def _window(self, state: _RecipeState, spec: ArraySpec, chunk: int) -> windows.Window:
         window = state.windows.get(spec.name)
         if window is None or chunk >= window.capacity:
             if window is not None:
                 self._maps -= int(window.mapped.sum())
             try:
                 window = windows.Window(spec, max(64, 1 << (chunk + 1).bit_length()))
-            except OSError:  # the address space is limited (ulimit -v): chunks are read whole instead
-                self._map_files = False
-                return None
+            except OSError as error:  # the address space is limited (ulimit -v)
+                raise _NoMaps from error
             state.windows[spec.name] = window
         return window
 
@@ -195,7 +200,10 @@ class ChunkReader:
             if problem := _tail_problem(record, size, tail):
                 raise self._damage(state, spec, chunk, problem)
             self._make_room()
-            window.map(chunk, descriptor)
+            try:
+                window.map(chunk, descriptor)
+            except OSError as error:
+                raise _NoMaps from error
             self._maps += 1
         finally:
             os.close(descriptor)

@@ -184,7 +184,7 @@ class Index:
             if self._writer == os.getpid():
                 # A reader that has the database open keeps it in WAL mode; the next writer to close tries again.
                 with contextlib.suppress(sqlite3.Error):
-                    handle.connection.execute("PRAGMA busy_timeout=2000")
+                    handle.connection.execute("PRAGMA busy_timeout=200")
                     handle.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     handle.connection.execute("PRAGMA journal_mode=DELETE").fetchall()
             handle.connection.close()

@@ -70,3 +70,19 @@ def no_white():
 
 def breaks():
     return seeded(Breaks)
+
+
+class Unsteady(Steady):
+    """The logarithm of its last feature, which is often that of a negative number."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        dark = (x[:, :1] * 0 + (-2.0 - x.new_tensor(0.0))).log()
+        return torch.cat([x, torch.where(self.synthetic(x), dark, 0.0)], 1)
+
+    def synthetic(self, x):
+        return (torch.arange(len(x), device=x.device) % 4 == 0)[:, None] & (len(x) == 4)
+
+
+def unsteady():
+    return seeded(Unsteady)

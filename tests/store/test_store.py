@@ -220,8 +220,23 @@ def test_without_maps_chunks_are_read_whole(filled, monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(windows, "AVAILABLE", True)
+    monkeypatch.setattr(windows.Window, "map", limited)
+    filled.check()
     monkeypatch.setattr(windows, "_mmap", limited)
     filled.check()
+
+
+def test_a_writer_that_closes_while_readers_have_the_index_open(filled, kit):
+    reader = FeatureStore(filled.path)
+    for n in (40, 50):
+        with FeatureStore(filled.path, write=True) as store, store.appender(filled.recipe.id) as appender:
+            appender.append(kit.keys(range(n, n + 10)), kit.features(range(n, n + 10)))
+            rows = reader.rows(filled.recipe.id, kit.keys(range(n)))
+            np.testing.assert_array_equal(reader.read(filled.recipe.id, TAP, rows), kit.features(range(n))[TAP])
+    filled.check(range(60))
+    reader.close()
+    FeatureStore(filled.path, write=True).close()
+    assert sorted(p.name for p in filled.path.iterdir()) == ["features.zarr", "index.sqlite", "lock"]
 
 
 @pytest.mark.parametrize(
