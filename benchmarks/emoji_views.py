@@ -1,7 +1,7 @@
 """Does joining views help? Logistic heads on the embedded emoji: each view alone, fused, fused with a shuffled partner.
 
-Extracts the emoji into a store (or uses the one given), then for each seed divides the groups anew, fits on the training
-rows and measures accuracy on the test rows. `shuffled` gives each sample the second view of another one. Prints JSON.
+Extracts the emoji into a store (or uses the one given), then for each seed divides the groups anew, fits on training
+rows and measures accuracy on test rows. `shuffled` gives each sample the second view of another one. Prints JSON.
 
     python benchmarks/emoji_views.py --store /tmp/emoji --seeds 5
 """

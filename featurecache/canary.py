@@ -65,20 +65,21 @@ def canary_batch(reader: Reader, preprocessing: Preprocessing) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-Song = dict[str, list[list[float | None]]]
+VERSION = 1  # of the synthetic inputs and of which values are kept
+Song = dict[str, Any]
 
 
 def sing(engine: Engine, reader: Reader, preprocessing: Preprocessing, names: list[str]) -> Song:
-    """The canary: per tap, INPUTS lists of up to KEPT feature values, taken evenly over the flattened features.
+    """The canary: `{"version": 1, "taps": {name: INPUTS lists of up to KEPT values}}`, taken evenly over the features.
 
     What is not finite is None, since JSON has no word for it.
     """
-    song: Song = {}
+    taps: dict[str, list[list[float | None]]] = {}
     for name, features in zip(names, engine(canary_batch(reader, preprocessing)), strict=True):
         flat = np.asarray(features, dtype=np.float64).reshape(INPUTS, -1)
         kept = np.linspace(0, flat.shape[1] - 1, min(KEPT, flat.shape[1])).round().astype(int)
-        song[name] = [[float(f"{value:.9g}") if np.isfinite(value) else None for value in row] for row in flat[:, kept]]
-    return song
+        taps[name] = [[float(f"{value:.9g}") if np.isfinite(value) else None for value in row] for row in flat[:, kept]]
+    return {"version": VERSION, "taps": taps}
 
 
 def drift(now: Any, then: Any) -> float:
@@ -91,7 +92,9 @@ def drift(now: Any, then: Any) -> float:
     return float(np.linalg.norm(new - old)) / spread
 
 
-def check_canary(now: Song, then: Mapping[str, Any], precision: str, recorded: Mapping[str, Any], recipe: str) -> None:
+def check_canary(
+    now: Song, then: Mapping[str, Any] | None, precision: str, recorded: Mapping[str, Any], recipe: str
+) -> None:
     """Refuse to append where this process computes other numbers than the one that made the recipe.
 
     Args:
@@ -102,10 +105,17 @@ def check_canary(now: Song, then: Mapping[str, Any], precision: str, recorded: M
         recipe: its id.
 
     Raises:
-        StoreError: drift beyond tolerance, naming the library versions that differ.
+        StoreError: drift beyond tolerance, naming the library versions that differ; or nothing to compare with.
     """
-    for name, rows in then.items():
-        found = drift(now.get(name, []), rows)
+    if then is None or then.get("version") != VERSION:
+        kept = "none" if then is None else f"one of version {then.get('version')}"
+        raise StoreError(
+            f"recipe {recipe}: whether this process computes the same features can't be told: it compares canaries of "
+            f"version {VERSION}, and the recipe keeps {kept}. Nothing was added to it. Update featurecache, or use a "
+            "new store."
+        )
+    for name, rows in then["taps"].items():
+        found = drift(now["taps"].get(name, []), rows)
         if found <= TOLERANCE[precision]:
             continue
         before, after = recorded.get("versions", {}), versions()

@@ -26,8 +26,8 @@ from featurecache.run import Run, load_run
 VIEWS = ("google", "twitter")
 TARGET = "category"
 DATASET = "emoji"
-BODY = {"body": "torchvision/squeezenet1_1", "weights": "shipped", "image_size": 128}  # emoji are 64 px wide
-JOINT = {"epochs": 2, "freeze_epochs": 0, "lr": 3e-4, "body_lr": 3e-4, "batch_size": 32, "augment": ("flip",)}
+BODY = {"body": "torchvision/squeezenet1_1", "weights": "shipped", "image_size": 96}  # emoji are 64 px wide
+JOINT = {"epochs": 2, "freeze_epochs": 0, "lr": 2e-4, "body_lr": 1e-4, "batch_size": 32, "augment": ("flip",)}
 METRIC = "accuracy"
 RESAMPLES = 1000
 

@@ -26,6 +26,7 @@ from featurecache.producer import cores
 from featurecache.progress import Reporter, Silent
 from featurecache.store.binding import Binding
 from featurecache.store.store import FeatureStore
+from featurecache.viewsetup import check_options
 
 SPLIT_COLUMN = "split"
 RETRY = "--retry-failed tries again"
@@ -93,6 +94,7 @@ def plan_extract(config: ExtractConfig, reporter: Reporter | None = None) -> Pla
         InputError: as `extract` would.
     """
     reporter = reporter or Silent()
+    check_options(config)
     manifest = read_manifest(config)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)

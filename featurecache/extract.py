@@ -18,6 +18,7 @@ from featurecache.canary import check_canary, sing, versions
 from featurecache.committer import Committer, Learnt
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import read_manifest
+from featurecache.data.preprocessing import stack
 from featurecache.errors import FeatureCacheError, InputError, StoreError
 from featurecache.jobs import (
     Job,
@@ -31,10 +32,11 @@ from featurecache.jobs import (
     with_earlier_views,
     write_failures,
 )
-from featurecache.keys import key_array
+from featurecache.keys import StoredKeys, key_array
 from featurecache.producer import Claims, Clock, Item, Seconds, cores, one_line, produce
 from featurecache.progress import Reporter, Silent
 from featurecache.store.store import FeatureStore, RecipeInfo
+from featurecache.viewsetup import check_options
 
 TRIAL_FROM = 256  # images; below that a trial of batch sizes costs more than it saves
 SMALL_BATCH = 16
@@ -99,7 +101,7 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
     """
     start = time.perf_counter()
     reporter = reporter or Silent()
-    check_numbers(config)
+    check_options(config)
     manifest = read_manifest(config)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
@@ -122,8 +124,8 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
         finally:  # also on Ctrl-C: what was committed is bound, so that the next run goes on from there
             earlier = None if config.replace else previous
             store.bind(make_binding(name, manifest, merged, jobs, earlier), replace=True)
-        failures = list_failures(manifest, jobs)
-        write_failures(Path(config.store) / "failures.csv", failures)
+            failures = list_failures(manifest, jobs)
+            write_failures(Path(config.store) / "failures.csv", failures)
         computed = sum(job.computed for job in jobs)
         return Summary(
             dataset=name,
@@ -141,18 +143,6 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
         )
 
 
-def check_numbers(config: ExtractConfig) -> None:
-    """Refuse counts that can't be.
-
-    Raises:
-        InputError: names the option.
-    """
-    for name in ("batch_size", "workers", "rows_per_chunk"):
-        value = getattr(config, name)
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
-
-
 class Extraction:
     """One job: threads read ahead, this thread feeds the device, a writer thread commits."""
 
@@ -168,6 +158,7 @@ class Extraction:
         self.bytes_written = 0
         # Contents that are not tried (again) in this run, with the reason; those that may be remembered.
         self.failed: dict[bytes, str] = {} if config.retry_failed else remembered_failures(job, store)
+        self.remembered = frozenset(self.failed)
         self.memorable: set[bytes] = set()
         self.clock = Clock()
 
@@ -206,6 +197,7 @@ class Extraction:
         job = self.job
         assert job.info is not None  # prepare has seen to it
         before = job.info
+        self.stored = StoredKeys(self.store, job.recipe.id, before.rows, len(job.todo))
         workers = cores() if self.config.workers == "auto" else self.config.workers
         self.reporter.begin(self.task, len(job.todo))
         items = produce(
@@ -250,11 +242,7 @@ class Extraction:
 
     def is_known(self, key: bytes) -> bool:
         """Whether a key has a row, or failed before and is not to be tried again."""
-        if key in self.failed:
-            return True
-        if self.job.info is None or not self.job.info.rows:  # a new recipe: rows of this run are claimed already
-            return False
-        return bool(self.store.rows(self.job.recipe.id, key_array([key]))[0] >= 0)
+        return key in self.failed or key in self.stored
 
     def start_engine(self) -> Engine:
         """Make the engine, choose the batch size, check or record the canary."""
@@ -273,7 +261,7 @@ class Extraction:
             ) from error
         song = sing(engine, setup.reader, setup.preprocessing, [tap.name for tap in setup.taps])
         if job.info is not None:
-            check_canary(song, job.info.canary or {}, choice.precision, job.info.recorded, job.recipe.id)
+            check_canary(song, job.info.canary, choice.precision, job.info.recorded, job.recipe.id)
         if config.batch_size == "auto" and len(job.todo) >= TRIAL_FROM:
             self.batch_size = choose_batch_size(engine, setup.size, setup.preprocessing.channels)
         if job.info is None:
@@ -297,7 +285,7 @@ class Extraction:
     def submit(self, batch: list[Item]) -> Any:
         """Give a batch to the device; the engine is made for the first, so that a run that reuses all makes none."""
         engine = self.engine or self.start_engine()
-        images = torch.stack([item.image for item in batch if item.image is not None])
+        images = stack([item.image for item in batch if item.image is not None])
         with self.computing(len(batch)):
             return engine.submit(images)
 
@@ -357,6 +345,8 @@ class Extraction:
             job.keys[index] = item.key
         if failure is not None:
             job.failures[index] = failure.message
+            if not failure.deterministic:
+                job.transient.add(index)
             if item.key is not None:
                 self.failed[item.key] = failure.message
                 if failure.deterministic:
@@ -380,6 +370,8 @@ class Extraction:
             for index, key in self.job.keys.items():
                 if key in self.failed:
                     self.job.failures[index] = self.failed[key]
+                    if key not in self.memorable | self.remembered:
+                        self.job.transient.add(index)
 
     def finish(self, before: RecipeInfo) -> None:
         """Write down what was learnt, and count."""

@@ -14,17 +14,15 @@ from numpy.typing import NDArray
 
 from featurecache.bodies.registry import RUN_PREFIX
 from featurecache.config import FitConfig, SplitConfig
-from featurecache.data.splits import make_splits, sample_groups
+from featurecache.data.splits import group_column, make_splits, sample_groups
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError
 from featurecache.heads.base import Fold, Head, get_head, load_head
 from featurecache.progress import Reporter, Silent
+from featurecache.recorded import read_recipe, recipe_differences
 from featurecache.results import finish_run, write_results
 from featurecache.run import Run, RunWriter, default_run_path, load_run
 from featurecache.store.recipe import Recipe
-
-# Fields of a recipe that say how features are computed and kept, not what they mean: `predict` accepts others.
-NUMERIC_FIELDS = ("engine", "precision", "fold", "storage_dtype")
 
 
 class HeadRun(Run):
@@ -108,22 +106,6 @@ def compare_recipes(run: HeadRun, recipes: Mapping[str, Recipe]) -> list[str]:
         f"view {', '.join(views)}: features differ from those that the head was fitted on in {text}"
         for text, views in notes.items()
     ]
-
-
-def recipe_differences(then: Recipe, now: Recipe) -> tuple[str, str]:
-    """What differs but for the taps: in fields that change what features mean, and in those that only round."""
-    if then.base == now.base:
-        return "", ""
-    differences = [item for item in then.differences(now) if not item[0].startswith("taps")]
-    parts: dict[bool, list[str]] = {True: [], False: []}
-    for name, old, new in differences:
-        parts[name.partition(".")[0] in NUMERIC_FIELDS].append(f"{name} {shortened(old)} -> {shortened(new)}")
-    return ", ".join(parts[False]), ", ".join(parts[True])
-
-
-def shortened(value: Any) -> str:
-    """A value of a recipe, of a digest its first digits."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 def list_blocks(blocks: list[tuple[str, str, tuple[int, ...]]]) -> str:
@@ -217,7 +199,7 @@ def fit_head(
                 "skipped": list(estimator.skipped_),
                 "threshold": results.threshold,
                 "binding": {"dataset": dataset.binding.name, "digest": dataset.binding.digest},
-                "split": divide.model_dump(mode="json"),
+                "split": {**divide.model_dump(mode="json"), "group": group_column(dataset.table, divide.group)},
                 "tap": {view: [b.tap for b in dataset.blocks if b.view == view] for view in dataset.views},
                 "body_config": body_options(dataset),
                 "manifest_config": dict(dataset.binding.config.get("manifest", {})),
@@ -306,12 +288,7 @@ def absolute(value: str, prefix: str) -> str:
 
 def recorded_recipes(dataset: FeatureDataset) -> dict[str, dict[str, Any]]:
     """Per view the whole recipe and its digest."""
-    return {view: {**recipe.to_json(), "digest": recipe.digest} for view, recipe in dataset.recipes.items()}
-
-
-def read_recipe(entry: Mapping[str, Any]) -> Recipe:
-    """The recipe that `recorded_recipes` wrote."""
-    return Recipe.from_json({name: value for name, value in entry.items() if name != "digest"})
+    return {view: {"digest": recipe.digest, "recipe": recipe.to_json()} for view, recipe in dataset.recipes.items()}
 
 
 def torch_device(device: str) -> str:

@@ -20,7 +20,7 @@ from featurecache.keys import Cell, key_array, last_keys, present_cells, unchang
 from featurecache.store.binding import Binding
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore, RecipeInfo
-from featurecache.viewsetup import EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
+from featurecache.viewsetup import RUN_PREFIX, EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
 
 # What decides how a manifest is read as a whole: views that are read in different ways can't stand in one dataset.
 WHOLE = ("layout", "view_column", "path_column", "multi", "id", "root")
@@ -42,6 +42,7 @@ class Job:
         done: indices of the cells that have a row.
         todo: cells to be worked on; their content may turn out to be known.
         failures: cell index -> reason.
+        transient: indices of those failures that another run may not meet again (I/O, memory).
         computed: rows that this run added.
     """
 
@@ -55,12 +56,13 @@ class Job:
     done: set[int] = field(default_factory=set)
     todo: list[Cell] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
+    transient: set[int] = field(default_factory=set)
     computed: int = 0
 
     @property
     def reader_id(self) -> str:
-        """Name and version of the reader."""
-        return f"{self.setup.reader.name}/{self.setup.reader.version}"
+        """What decides which contents can't be read."""
+        return self.setup.reader.identity()
 
     @property
     def row_bytes(self) -> int:
@@ -134,7 +136,9 @@ def remembered_failures(job: Job, store: FeatureStore) -> dict[bytes, str]:
     """Deterministic failures of earlier runs: {key: reason}."""
     if job.info is None:
         return {}
-    return {key: message for key, (_, message) in store.failures(job.recipe.id).items()}
+    found = store.failures(job.recipe.id).items()
+    # What another reader could not read (an older version, another limit) is tried again.
+    return {key: message for key, (reader, message) in found if reader == job.reader_id}
 
 
 def check_replaced(previous: Binding | None, manifest: Manifest, name: str, *, replace: bool) -> None:
@@ -194,7 +198,7 @@ def make_binding(
         recipes |= dict.fromkeys(job.views, job.recipe.id)
         for index, key in job.keys.items():
             keys[index] = key
-        for index in job.failures:
+        for index in job.failures.keys() - job.transient:  # what may yet be read must not pass for a missing view
             states[index] = "failed"
         for index in job.done:
             states[index] = "done"
@@ -253,9 +257,15 @@ def binding_config(config: ExtractConfig, jobs: list[Job], previous: Binding | N
             **{view: value for view, value in chosen.items() if value is not None},
         }
     manifest = {name: values[name] for name in ManifestConfig.model_fields}
-    for name in ("manifest", "root"):  # they hold from wherever the next command is started
+    # Paths hold from wherever the next command is started.
+    for name in ("manifest", "root"):
         if manifest[name] is not None:
             manifest[name] = str(Path(manifest[name]).resolve())
+    body["weights"] = {view: str(Path(w).resolve()) if Path(w).is_file() else w for view, w in body["weights"].items()}
+    body["body"] = {
+        view: RUN_PREFIX + str(Path(name.removeprefix(RUN_PREFIX)).resolve()) if name.startswith(RUN_PREFIX) else name
+        for view, name in body["body"].items()
+    }
     return {"manifest": manifest, "body": body, "seed": config.seed}
 
 

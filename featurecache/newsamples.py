@@ -55,8 +55,8 @@ def manifest_config(run: Run, new: NewSamples, scratch: Path) -> ManifestConfig:
     recorded = run.record.get("manifest_config")
     if not isinstance(recorded, dict):
         raise RunError(f"{run.path}: run.json holds no manifest_config, so it can't be told how samples are read")
-    # A root belongs to the manifest that it was given for.
-    kept = {name: value for name, value in recorded.items() if name not in ("manifest", "root")}
+    # A root belongs to the manifest that it was given for, and what may be read is for the user to say, not for a run.
+    kept = {name: value for name, value in recorded.items() if name not in ("manifest", "root", "allow_outside")}
     if kept.get("views"):
         kept["views"] = {view: column for view, column in kept["views"].items() if view in run.views}
     given = {name: value for name, value in (new.manifest or {}).items() if value}

@@ -13,22 +13,22 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.bodies.engines import resolve_device
-from featurecache.bodies.registry import FACTORY, RUN_PREFIX, trusted_factories
-from featurecache.bodies.weights import SUFFIXES
 from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import read_manifest
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
-from featurecache.errors import FeatureCacheError, InputError, MissingFileError, RunError
+from featurecache.errors import FeatureCacheError, InputError, RunError
 from featurecache.extract import extract
-from featurecache.fit import HeadRun, check_recipes, compare_recipes, recipe_differences
+from featurecache.fit import HeadRun, check_recipes, compare_recipes
 from featurecache.jobs import set_up_views
 from featurecache.joint.predict import predict_joint
 from featurecache.newsamples import NewSamples, manifest_config
 from featurecache.progress import Reporter, Silent
+from featurecache.recorded import check_bodies, recipe_differences
 from featurecache.results import make_predictions
 from featurecache.run import Run, load_run
 from featurecache.store.format import StorePaths
+from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore
 
 FORMATS = (".csv", ".parquet", ".pq")
@@ -185,8 +185,7 @@ def extract_config(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scra
             body[name] = over_views(body.get(name) or {}, given[name], run.views)
     body["trust_factory"] = tuple(given.get("trust_factory") or ())
     typed = over_views({}, given.get("body") or {}, run.views)
-    check_trusted(run, body, set(typed.values()))
-    check_files(run, body)
+    check_bodies(run, body, typed.values())
     taps = {
         view: [{"module": tap["tap"], "pool": tap["pool"]} for tap in recipe.taps]
         for view, recipe in run.view_recipes.items()
@@ -227,14 +226,11 @@ def numerics(run: HeadRun, new: NewSamples) -> dict[str, str]:
     if new.store is not None and StorePaths(new.store).index.exists():
         with FeatureStore(new.store) as store:
             held = [info for info in store.recipes() if info.rows]
-        if not any(info.recipe.base == recipe.base for info in held for recipe in recipes):
+        if not any(info.recipe.holds(recipe) for info in held for recipe in recipes):
             close = [
                 (info.rows, info.recipe.digest, info.recipe)
                 for info in held
-                if any(
-                    not recipe_differences(recipe, info.recipe)[0] and recipe.tap_names <= info.recipe.tap_names
-                    for recipe in recipes
-                )
+                if any(differs_in_numbers_only(recipe, info.recipe) for recipe in recipes)
             ]
             recipes = [max(close)[2]] if close else recipes
     found = {}
@@ -246,39 +242,9 @@ def numerics(run: HeadRun, new: NewSamples) -> dict[str, str]:
     return found
 
 
-def check_trusted(run: Run, body: Mapping[str, Any], typed: set[str]) -> None:
-    """Refuse a factory that only run.json names: nothing that data names is imported.
-
-    Raises:
-        InputError: says how to allow it.
-    """
-    allowed = trusted_factories(body["trust_factory"]) | typed
-    for view in run.views:
-        name = for_view(body["body"], view, "")
-        if FACTORY.fullmatch(name) and name not in allowed:
-            raise InputError(
-                f"{run.path}: names the factory {name!r} as its body. Nothing was imported. If you know and trust that "
-                f"code, repeat its name: --trust-factory {name}"
-            )
-
-
-def check_files(run: Run, body: Mapping[str, Any]) -> None:
-    """Refuse files and runs that are gone, which may just have been moved.
-
-    Raises:
-        MissingFileError: says how to tell where they are now.
-    """
-    problems = []
-    for view in run.views:
-        weights, name = for_view(body.get("weights") or {}, view, ""), for_view(body["body"], view, "")
-        if weights.endswith(SUFFIXES) and not Path(weights).is_file():
-            problems.append(f"weights {weights!r} of view {view!r}: give --weights {view}=PATH")
-        folder = name.removeprefix(RUN_PREFIX)
-        if name.startswith(RUN_PREFIX) and not Path(folder).is_dir():
-            problems.append(f"body {name!r} of view {view!r}: give --body {view}={RUN_PREFIX}PATH")
-    if problems:
-        summary = f"{run.path}: its bodies were read from what is not there now"
-        raise MissingFileError("\n".join([summary, *(f"  - {problem}" for problem in problems)]))
+def differs_in_numbers_only(recipe: Recipe, held: Recipe) -> bool:
+    """Whether a recipe of a store has all taps of another, differing in engine or precision at most."""
+    return set(recipe.tap_names) <= set(held.tap_names) and not recipe_differences(recipe, held)[0]
 
 
 def prediction_table(run: Run, scored: Scored) -> pl.DataFrame:

@@ -49,7 +49,9 @@ def locate_bodies(options: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """
     result = dict(options)
     for option, prefix in (("weights", ""), ("body", "run:")):
-        values = dict(result.get(option) or {})
+        if not isinstance(result.get(option), Mapping):
+            continue
+        values = dict(result[option])
         for view, value in values.items():
             path = base / value.removeprefix(prefix)
             if value.startswith(prefix) and (path.is_dir() if prefix else path.is_file()):

@@ -252,7 +252,7 @@ class Run:
 
     @property
     def recipes(self) -> dict[str, dict[str, Any]]:
-        """Per view: `digest`, `body` and the whole recipe of the features that the model takes."""
+        """Per view the `recipe` of the features that the model takes, and its `digest`."""
         return {view: dict(recipe) for view, recipe in self.record["recipes"].items()}
 
     @property
@@ -375,9 +375,7 @@ class Run:
         if label is not None:
             curves = {name: values for name, values in curves.items() if name == label}
         if not curves:
-            raise InputError(
-                f"{what}: split {split!r} holds no positive and negative samples of {label or 'any label'}."
-            )
+            raise InputError(f"{what}: split {split!r} holds no positive and negative samples of {label or 'a label'}.")
         made = []
         for name, (positive, score) in curves.items():
             made.append(display.from_predictions(positive, score, name=name, ax=ax))

@@ -17,8 +17,10 @@ Kind = Literal["head", "joint"]
 SCHEMA = 1
 RECORD = "run.json"
 LOCK = ".writer"  # hidden names are never part of a run
-# What later commands add to a finished run without touching its own files; everything else must be listed in run.json.
+# What later commands add to a finished run without touching its own files.
 ADDED_LATER = ("evaluations", "runs", "summary.md")
+# Pages for people, never read back: whoever completes the model card may change them.
+DOCUMENTS = ("README.md", "report.html")
 REQUIRED: Mapping[str, type | tuple[type, ...]] = {
     "task": str, "classes": list, "targets": list, "views": list, "recipes": dict, "config": dict,
 }  # fmt: skip
@@ -45,19 +47,20 @@ def own_files(directory: Path) -> dict[str, Path]:
 
 
 def check_files(directory: Path, listed: Mapping[str, str]) -> None:
-    """Compare every file of a run with the SHA-256 that its record lists.
+    """Compare every file of a run that is ever read back with the SHA-256 that its record lists.
+
+    What people write into is theirs: the model card has gaps to fill in, and files that the record does not list are
+    left alone, since nothing reads them.
 
     Raises:
-        RunError: names the file that is missing, changed or not listed.
+        RunError: names the file that is missing or changed.
     """
     found = own_files(directory)
     for name in sorted(listed):
-        if name not in found:
+        if name not in found and name not in DOCUMENTS:
             raise RunError(f"{directory}: {name} is missing. Restore it from a copy, or make the run again.")
     for name, path in found.items():
-        if name not in listed:
-            raise RunError(f"{directory}: {name} is not part of the run ({RECORD} does not list it). Remove it.")
-        if sha256_file(path) != listed[name]:
+        if name in listed and name not in DOCUMENTS and sha256_file(path) != listed[name]:
             raise RunError(f"{directory}: {name} has changed since the run was written. Restore it, or run again.")
 
 

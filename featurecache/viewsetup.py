@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featurecache.bodies.engines import fast_precision, resolve_device
-from featurecache.bodies.identity import identify
+from featurecache.bodies.engines import fast_precision, resolve_device, resolve_precision
+from featurecache.bodies.identity import Identity, identify
 from featurecache.bodies.registry import Body, load_body, load_run_body
 from featurecache.bodies.taps import ResolvedTap, Tapped, resolve_taps
 from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, Tap, for_view
@@ -15,11 +15,11 @@ from featurecache.data.readers import get_reader
 from featurecache.data.readers.base import Reader
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import InputError
+from featurecache.store.format import StorePaths
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore
 
 RUN_PREFIX = "run:"
-ENGINE_FIELDS = ("engine", "precision", "fold")  # what `auto` may choose; all else must agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,7 @@ class ViewSetup:
     preprocessing: Preprocessing
     size: tuple[int, int]
     taps: tuple[ResolvedTap, ...]
-    weights: str
-    program: str
+    identities: tuple[Identity, ...]  # of each tap
 
     def recipe(self, *, engine: str, precision: str, storage_dtype: str) -> Recipe:
         """The recipe of this view's features, as computed by `engine` in `precision` and stored as `storage_dtype`."""
@@ -45,17 +44,36 @@ class ViewSetup:
                 "parameters": self.reader.parameters(),
             },
             "preprocessing": self.preprocessing.parameters(),
-            "body": {"architecture": self.body.architecture, "weights": self.weights, "program": self.program},
+            "body": {"architecture": self.body.architecture},
             "engine": engine,
             "precision": precision,
-            "fold": precision != "fp32",
             "storage_dtype": storage_dtype,
         }
-        return Recipe(fields, tuple(tap.parameters_for_recipe() for tap in self.taps))
+        # Weights and program belong to each tap, which depends on no other: so `base` is the same for all taps of a
+        # body, and a tap is found in any recipe that holds it, whatever else that one holds.
+        taps = zip(self.taps, self.identities, strict=True)
+        return Recipe(fields, tuple({**tap.parameters_for_recipe(), **own._asdict()} for tap, own in taps))
 
     def tapped(self) -> Tapped:
         """The body with its taps, as one module."""
         return Tapped(self.body, self.taps)
+
+
+def check_options(config: ExtractConfig) -> None:
+    """Refuse at once what could not end well, before anything is read or written.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name in ("batch_size", "workers", "rows_per_chunk"):
+        value = getattr(config, name)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if any(mark in (config.name or "") for mark in "/\\\0\n"):
+        raise InputError(f"--name {config.name!r}: the name of a dataset holds no slashes and no line ends")
+    device = resolve_device(config.device)
+    if not StorePaths(config.store).index.exists():  # what a store holds can be reused where it could not be computed
+        resolve_precision(config.precision, device)
 
 
 def load_view_body(config: BodyConfig, view: str, *, seed: int | None) -> Body:
@@ -136,15 +154,16 @@ def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...
     asked = for_view(config.tap, view, (Tap(),))
     if (*settings, asked, size) not in bodies:  # several passes, and all weights hashed
         resolved = resolve_taps(body, asked, size)
-        bodies[*settings, asked, size] = (resolved, *identify(body, resolved, size))
-    taps, weights, program = bodies[*settings, asked, size]
-    return ViewSetup(view, body, view_reader(config, view, body), preprocessing, size, taps, weights, program)
+        bodies[*settings, asked, size] = (resolved, identify(body, resolved, size))
+    taps, identities = bodies[*settings, asked, size]
+    return ViewSetup(view, body, view_reader(config, view, body), preprocessing, size, taps, identities)
 
 
 def with_taps_of(setup: ViewSetup, recipe: Recipe) -> ViewSetup:
     """The same view with the taps of a recipe that holds more of them."""
-    taps = [Tap.create({"module": tap["tap"], "pool": tap["pool"]}) for tap in recipe.taps]
-    return replace(setup, taps=resolve_taps(setup.body, taps, setup.size))
+    named = [Tap.create({"module": tap["tap"], "pool": tap["pool"]}) for tap in recipe.taps]
+    taps = resolve_taps(setup.body, named, setup.size)
+    return replace(setup, taps=taps, identities=identify(setup.body, taps, setup.size))
 
 
 @dataclass(frozen=True)

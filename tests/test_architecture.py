@@ -27,14 +27,14 @@ bodies.engines.base bodies.engines.devices bodies.engines.trial bodies.engines.t
 bodies.engines
 store.recipe store.files store.format store.windows store.schema store.index store.records store.lock store.opening
 store.binding store.chunks store.catalogue store.appender store.store store.verify store.rebuild store.repair
-keys viewsetup binding
+keys viewsetup recorded binding
 features dataset
 evaluation.metrics evaluation.weighted evaluation.calibration evaluation.threshold evaluation.bootstrap
 fusion
-heads.base heads.losses heads.rows heads.fc heads.logistic heads.xgboost
+heads.record heads.fold heads.base heads.losses heads.rows heads.fc heads.logistic heads.xgboost
 results
-joint.schedule joint.checkpoint joint.model joint.images joint.loop joint.build joint.save joint.start joint.samples
-joint.predict joint.finetune
+joint.schedule joint.checkpoint joint.model joint.images joint.runner joint.loop joint.build joint.save joint.start
+joint.samples joint.predict joint.finetune
 canary producer committer jobs extract dryrun
 fit tune newsamples predict evaluate api
 reporting.ablate reporting.compare reporting.explain

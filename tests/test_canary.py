@@ -25,7 +25,7 @@ def store(tmp_path):
 def drifting(monkeypatch, factor: float) -> None:
     def off(*args):
         song = sing(*args)
-        return {tap: (np.array(rows) * factor).tolist() for tap, rows in song.items()}
+        return {**song, "taps": {tap: (np.array(rows) * factor).tolist() for tap, rows in song["taps"].items()}}
 
     monkeypatch.setitem(extract.__globals__, "sing", off)
 
@@ -37,14 +37,13 @@ def new_image(store) -> None:
 def test_a_process_that_drifts_may_not_append(store, monkeypatch):
     new_image(store)
     drifting(monkeypatch, 1.01)
-    monkeypatch.setitem(extract.__globals__, "versions", versions)
     monkeypatch.setattr(canary, "versions", lambda: {**versions(), "torch": "99.1"})
     before, chunks = features(store), tree(store / "features.zarr" / recipe_ids(store)[0])
     with pytest.raises(StoreError) as caught:
         run(store.parent / "data" / "samples.csv", store)
     message = str(caught.value)
     assert f"recipe {recipe_ids(store)[0]}: this process computes other features than the one that made it" in message
-    assert "Tap penultimate@none drifts by 0.0" in message
+    assert "Tap penultimate@none drifts by 0.1" in message
     assert f"torch {versions()['torch']} then, 99.1 now" in message
     assert "Nothing was added to it." in message
     assert tree(store / "features.zarr" / recipe_ids(store)[0]) == chunks
@@ -55,7 +54,7 @@ def test_a_process_that_drifts_may_not_append(store, monkeypatch):
 
 def test_within_tolerance_it_may(store, monkeypatch):
     new_image(store)
-    drifting(monkeypatch, 1.0001)
+    drifting(monkeypatch, 1.00001)
     assert counts(run(store.parent / "data" / "samples.csv", store)) == (1, 3, 0)
 
 
@@ -66,8 +65,9 @@ def test_what_is_reused_needs_no_canary(store, monkeypatch):
 
 def test_the_canary_is_kept_beside_the_recipe(store):
     (info,) = FeatureStore(store).recipes()
-    assert set(info.canary) == {"penultimate@none"}
-    assert np.array(info.canary["penultimate@none"]).shape == (4, 3)
+    assert info.canary["version"] == 1
+    assert set(info.canary["taps"]) == {"penultimate@none"}
+    assert np.array(info.canary["taps"]["penultimate@none"]).shape == (4, 3)
     assert info.recorded["versions"]["torch"]
     assert info.recorded["device"] == "cpu"
 
@@ -78,9 +78,13 @@ def test_a_body_that_gives_nan_for_a_canary_can_still_append(tmp_path):
     options = {"body": "plugin_extract:unsteady"}
     run(manifest, tmp_path / "store", **options)
     (info,) = FeatureStore(tmp_path / "store").recipes()
-    assert None in info.canary["penultimate@none"][0]
+    assert None in info.canary["taps"]["penultimate@none"][0]
     Image.fromarray(255 - np.asarray(image(1))).save(tmp_path / "data" / "image0001.png")
     assert run(manifest, tmp_path / "store", **options).computed == 1
+
+
+def song(rows):
+    return {"version": 1, "taps": {"a": rows}}
 
 
 def test_drift():
@@ -91,17 +95,24 @@ def test_drift():
     assert drift([[None, 1.0], [2.0, 3.0]], then) == float("inf")
     assert drift([[None, 1.0], [2.0, 3.0]], [[None, 1.0], [2.0, 3.0]]) == 0
     assert drift([[5.0], [5.0]], [[5.0], [5.0]]) == 0
-    check_canary({"a": then}, {"a": then}, "fp32", {}, "r")
+    kept = song(then)
+    check_canary(song(then), kept, "fp32", {}, "r")
     with pytest.raises(StoreError, match="Versions: torch absent then"):
-        check_canary({}, {"a": then}, "fp32", {"versions": {**versions(), "torch": "absent"}}, "r")
+        check_canary({"version": 1, "taps": {}}, kept, "fp32", {"versions": {**versions(), "torch": "absent"}}, "r")
     with pytest.raises(StoreError, match="the same, so the hardware or its kernels differ"):
-        check_canary({"a": [[0.0, 1.0], [2.0, 9.0]]}, {"a": then}, "bf16", {"versions": versions()}, "r")
+        check_canary(song([[0.0, 1.0], [2.0, 9.0]]), kept, "bf16", {"versions": versions()}, "r")
+
+
+@pytest.mark.parametrize(("kept", "found"), [(None, "none"), ({"version": 2, "taps": {}}, "one of version 2")])
+def test_without_a_canary_to_compare_with_nothing_is_added(kept, found):
+    with pytest.raises(StoreError, match=f"compares canaries of version 1, and the recipe keeps {found}"):
+        check_canary(song([[0.0]]), kept, "fp32", {}, "r")
 
 
 def test_inputs_are_fixed_and_differ():
     images = synthetic_images()
     sums = [int(one.astype(np.int64).sum()) for one in images]
-    assert sums == [25067520, 24986112, 25054208, 19169280]
+    assert sums == [25051136, 24942449, 24627180, 25247744]
     assert all(one.shape == (256, 256, 3) and one.dtype == np.uint8 for one in images)
 
 
@@ -115,6 +126,6 @@ def test_every_reader_and_channel_count_has_inputs(reader, channels):
 def test_few_values_are_kept(tmp_path):
     run(write_images(tmp_path / "data", 1), tmp_path / "store", tap="bn1")
     (info,) = FeatureStore(tmp_path / "store").recipes()
-    rows = next(iter(info.canary.values()))
+    rows = next(iter(info.canary["taps"].values()))
     assert len(rows) == 4
     assert all(len(row) <= KEPT for row in rows)

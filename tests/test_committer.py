@@ -87,9 +87,13 @@ def test_an_error_of_the_disk_reaches_the_feeder(store):
     while rows(store) < 4:
         time.sleep(0.005)
     files.hook = full
-    with pytest.raises(StoreError, match="No space left on device"):
+
+    def feed() -> None:
         for first in range(4, 4000, 4):
             writer.put(*batch(first, 4))
+
+    with pytest.raises(StoreError, match="No space left on device"):
+        feed()
     files.hook = None
     with pytest.raises(StoreError, match="No space left on device"):
         writer.close()

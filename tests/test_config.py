@@ -9,12 +9,18 @@ EXTRACT = {"manifest": "m.csv", "store": "cache"}
 
 
 def test_every_stage_survives_toml(tmp_path):
+    body = {
+        "body": {"*": "torchvision/resnet18", "a": "run:joint"},
+        "resize": "none",
+        "mean": [0.1, 0.2, 0.3],
+        "seed": 3,
+    }
+    fit = {"store": "c", "dataset": "m", "target": ["y"], "tap": {"a": ["layer4"]}, "settings": {"C": "auto"}}
     configs = [
-        ExtractConfig.create({**EXTRACT, "views": {"a": "x"}, "tap": ["layer4:avg", "penultimate"], "mean": [0.1, 0.2, 0.3],
-                              "body": {"*": "torchvision/resnet18", "a": "run:joint"}, "resize": "none", "seed": 3}),
-        FitConfig.create({"store": "c", "dataset": "m", "target": ["y"], "tap": {"a": ["layer4"]}, "settings": {"C": "auto"}}),
+        ExtractConfig.create({**EXTRACT, **body, "views": {"a": "x"}, "tap": ["layer4:avg", "penultimate"]}),
+        FitConfig.create(fit),
         JointConfig.create({"manifest": "m.csv", "target": ["y"], "augment": []}),
-    ]  # fmt: skip
+    ]
     for config in configs:
         path = tmp_path / "stage.toml"
         path.write_text(config.to_toml(), encoding="utf-8")
@@ -51,9 +57,7 @@ def test_what_is_wrong_is_named(values, message):
 def test_all_problems_at_once():
     with pytest.raises(InputError) as caught:
         FitConfig.create({"target": 3, "seed": "x", "store": "c"}, source="fit")
-    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["target", "seed", "dataset"] or {
-        problem.partition(":")[0] for problem in caught.value.problems
-    } == {"target", "seed", "dataset"}
+    assert {problem.partition(":")[0] for problem in caught.value.problems} == {"target", "seed", "dataset"}
     assert str(caught.value).startswith("fit: not valid\n")
 
 

@@ -143,7 +143,7 @@ def test_several_images_of_a_view(tmp_path, multi, reduce):
 
 def test_a_recipe_can_be_chosen(tmp_path):
     store = write_store(tmp_path, 12, missing=0)
-    other = write_store(tmp_path, 12, missing=0, precision="bf16", fold=True)
+    other = write_store(tmp_path, 12, missing=0, precision="bf16")
     assert other == store
     ids = [info.id for info in FeatureStore(store).recipes()]
     for name in (ids[0], ids[0][:6], {"a": ids[0], "*": ids[0]}):

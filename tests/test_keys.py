@@ -11,8 +11,8 @@ import pytest
 
 from featurecache import keys
 from featurecache.data.readers.base import ReadFailure
-from featurecache.keys import Cell, Payload, key_array, last_keys, read_payload, unchanged
-from featurecache.store.recipe import content_key
+from featurecache.keys import Cell, Payload, StoredKeys, key_array, last_keys, read_payload, unchanged
+from featurecache.store.recipe import Recipe, content_key
 from featurecache.store.records import StatRecord
 from featurecache.store.store import FeatureStore
 
@@ -136,3 +136,22 @@ def test_key_array():
     assert found.dtype == np.uint8
     assert found[0].tolist() == list(range(32))
     assert key_array([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("questions", [1000, 0], ids=["held", "asked"])
+def test_stored_keys(store, monkeypatch, questions):
+    recipe = Recipe({"storage_dtype": "float32"}, ({"name": "tap@none"},))
+    store.add_recipe(recipe, {"tap@none": ((1,), ("features",))})
+    known = [hashlib.sha256(bytes([i])).digest() for i in range(50)]
+    with store.appender(recipe.id) as appender:
+        appender.append(key_array(known), {"tap@none": np.zeros((50, 1), np.float32)})
+    stored = StoredKeys(store, recipe.id, 50, questions)
+    assert all(key in stored for key in known)
+    twin = known[0][:8] + bytes(24)  # the same first bytes
+    assert twin not in stored
+    others = [hashlib.sha256(bytes([0, i])).digest() for i in range(50)]
+    assert not any(key in stored for key in others)
+    assert known[0] not in StoredKeys(store, recipe.id, 0, 10), "a recipe that was empty when the run began"
+    monkeypatch.setattr(store, "rows", lambda *args: pytest.fail("looked up"))
+    if questions:
+        assert others[0] not in stored

@@ -60,15 +60,15 @@ def check_equal(store: Path, reference: Path, n: int, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_three_kills(tmp_path, precision):
-    n = 320
+    n = 224
     manifest, store = write_images(tmp_path / "data", n, side=8), tmp_path / "store"
     zygote = shared()
     assert zygote.run(tmp_path, *words(manifest, tmp_path / "reference", precision)).status == 0
     rng, reused = random.Random(5), []
-    for rows in (32, 96, 192):
+    for rows in (32, 96, 128):
         process = zygote.start(tmp_path, *words(manifest, store, precision))
         wait_for(store, rows, process)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.05))
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert committed(store) % 32 == 0

@@ -223,7 +223,6 @@ def test_a_group_with_more_taps_serves_fewer(tmp_path):
 def test_the_group_that_holds_the_images_is_taken(tmp_path):
     """Another group with more rows, of other images, must not make these be computed again."""
     mine, theirs = write_images(tmp_path / "mine", 3), write_images(tmp_path / "theirs", 6, side=40)
-    settle()
     run(mine, tmp_path / "store", name="mine", tap="penultimate")
     run(theirs, tmp_path / "store", name="theirs", tap=["penultimate", "conv1:avg"])
     for check in ("stat", "content"):

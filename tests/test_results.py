@@ -12,6 +12,12 @@ from featurecache.results import finish_run, make_predictions, metrics_from_pred
 from featurecache.run import Run, RunWriter, load_run
 
 N = 240
+RECIPE = {
+    "reader": {"name": "image"},
+    "preprocessing": {"resize": 256, "crop": 224, "resize_mode": "crop"},
+    "body": {"architecture": "torchvision/resnet18"},
+    "taps": [{"name": "penultimate@none"}],
+}
 IDS = [f"s{i}" for i in range(N)]
 GROUPS = np.array([f"p{i // 2}" for i in range(N)])
 SPLITS = np.array((["train"] * 6 + ["valid"] * 3 + ["test"] * 3 + [""] * 0) * 20)
@@ -63,10 +69,7 @@ def make(directory: Path, task: str, *, bootstrap: int = 50, **record) -> Run:
             "classes": target.classes,
             "targets": target.names,
             "views": ("front", "side"),
-            "recipes": {
-                view: {"digest": "ab" * 32, "body": {"architecture": "torchvision/resnet18"}}
-                for view in ("front", "side")
-            },
+            "recipes": {view: {"digest": "ab" * 32, "recipe": RECIPE} for view in ("front", "side")},
             "config": {"seed": 1},
             "threshold": results.threshold,
             "command": f"featurecache fit-head {directory}/cache --head fc",

@@ -145,7 +145,7 @@ def test_one_writer_at_a_time(tmp_path):
     write(tmp_path / "r")
 
 
-def test_changed_missing_and_unlisted_files_are_named(tmp_path):
+def test_changed_and_missing_files_are_named(tmp_path):
     run = write(tmp_path / "r").path
     (run / "bodies" / "a.bin").write_text("modeL")
     with pytest.raises(RunError, match=r"bodies/a\.bin has changed since the run was written"):
@@ -153,14 +153,18 @@ def test_changed_missing_and_unlisted_files_are_named(tmp_path):
     (run / "bodies" / "a.bin").unlink()
     with pytest.raises(RunError, match=r"bodies/a\.bin is missing"):
         load_run(run)
-    (run / "bodies" / "a.bin").write_text("model")
-    (run / "extra.pkl").write_text("?")
-    with pytest.raises(RunError, match=r"extra\.pkl is not part of the run \(run\.json does not list it\)"):
-        load_run(run)
-    (run / "extra.pkl").unlink()
+
+
+def test_the_model_card_may_be_completed_and_strange_files_are_left_alone(tmp_path):
+    with RunWriter(tmp_path / "r", kind="head") as writer:
+        (writer.path / "README.md").write_text("More information needed")
+        (writer.path / "report.html").write_text("<p>")
+        run = writer.publish(dict(write(tmp_path / "other").record)).path
+    (run / "README.md").write_text("Intended use: research")
+    (run / "report.html").unlink()
+    (run / "Thumbs.db").write_text("?")
     (run / "away").symlink_to(tmp_path)
-    with pytest.raises(RunError, match="away is not part of the run"):
-        load_run(run)
+    assert load_run(run).kind == "head"
 
 
 def test_later_additions_are_allowed(tmp_path):

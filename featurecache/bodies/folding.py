@@ -53,7 +53,10 @@ def _pairs(module: nn.Module) -> list[tuple[str, str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = _Tracer().trace(module)
-    except Exception:  # control flow on data, and whatever else a body's code does with a proxy: it stays as it is
+    except Exception:
+        # Control flow on data, and whatever else a body's code does with a proxy, may raise anything. Nothing is lost:
+        # without pairs the copy stays unfolded, which gives the same features, only slower. A trace that succeeds but
+        # took another path is found by the engine, which compares the features and falls back to the unfolded module.
         return []
     modules = dict(module.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")

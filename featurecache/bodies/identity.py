@@ -1,11 +1,11 @@
-"""What a body's features depend on: digests of the tensors and of the program that run up to the last tap."""
+"""What a body's features depend on: digests of the tensors and of the program that run up to each tap."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,17 @@ from featurecache.bodies.tapped import ResolvedTap, Tapped
 from featurecache.bodies.taps import dummy
 
 
-def identify(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> tuple[str, str]:
-    """SHA-256 of the weights and of the program, covering what may influence the taps.
+class Identity(NamedTuple):
+    """SHA-256, hex, of the weights and of the program that one tap depends on."""
 
-    Left out are only modules that a full pass enters and a pass up to the last tap does not, and whose tensors are
+    weights: str
+    program: str
+
+
+def identify(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> tuple[Identity, ...]:
+    """What each tap depends on, whatever other taps there are.
+
+    Left out are only modules that a full pass enters and a pass up to the tap does not, and whose tensors are
     shown not to matter (the classifier, for `penultimate`). Everything else counts, modules that no pass enters too: a
     parent may use their tensors directly, as `nn.MultiheadAttention` does.
 
@@ -29,13 +36,18 @@ def identify(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> 
         size: (height, width) of the images.
 
     Returns:
-        (weights, program) as hexadecimal digits. Weights: sorted names, dtypes, shapes and little-endian bytes.
-        Program: classes and settings of the modules, source of classes outside torch, torchvision and timm,
-        non-persistent buffers.
+        One identity a tap. Weights: sorted names, dtypes, shapes and little-endian bytes. Program: classes and settings
+        of the modules, source of classes outside torch, torchvision and timm, non-persistent buffers.
     """
-    unused = unused_modules(body, taps, size)
-    counted = {name: child for name, child in body.module.named_modules() if name not in unused}
-    return _weights(counted), _program(body, counted)
+    found: dict[frozenset[str], Identity] = {}
+    identities, texts = [], _texts(body)
+    for tap in taps:
+        unused = frozenset(unused_modules(body, [tap], size))
+        if unused not in found:
+            counted = {name: child for name, child in body.module.named_modules() if name not in unused}
+            found[unused] = Identity(_weights(counted), _program(body, counted, texts))
+        identities.append(found[unused])
+    return tuple(identities)
 
 
 def unused_modules(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> set[str]:
@@ -106,12 +118,18 @@ def _weights(counted: dict[str, nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def _program(body: Body, counted: dict[str, nn.Module]) -> str:
-    own = {body.architecture.partition(":")[0]} if FACTORY.fullmatch(body.architecture) else set()
+def _program(body: Body, counted: dict[str, nn.Module], texts: dict[str, str]) -> str:
+    tree = {id(child): name for name, child in body.module.named_modules()}
     program = {
         "program": 1,
-        "modules": {name: describe_module(child) for name, child in counted.items()},
-        "sources": sources(foreign_modules(body.module) | own),
+        "modules": {name: describe_module(child, tree) for name, child in counted.items()},
+        "sources": texts,
     }
     text = json.dumps(program, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _texts(body: Body) -> dict[str, str]:
+    """Of the modules that define foreign classes and the factory, and of the plug-in's own that these import."""
+    made = {body.architecture.partition(":")[0]} if FACTORY.fullmatch(body.architecture) else set()
+    return sources(foreign_modules(body.module) | made, made or {type(body.module).__module__})

@@ -1,38 +1,59 @@
-"""What a module computes beside its tensors, as plain values: settings, source of foreign classes, hidden state."""
+"""What a module computes beside its tensors, as plain values: settings, source of foreign classes, hidden state.
+
+This file is long because how a value is described and whose text counts hold each other up: what the one leaves out,
+the other must cover.
+"""
 
 from __future__ import annotations
 
+import ast
+import copyreg
 import enum
 import functools
 import hashlib
-import importlib
+import importlib.machinery
 import inspect
 import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from featurecache.errors import InputError
 
 LIBRARIES = frozenset({"torch", "torchvision", "timm", "builtins", "featurecache"})
-# Labels, training-time and environment-dependent choices: none changes what a body computes in inference.
+# Labels, training-time and environment-dependent choices: none changes what a class of these libraries computes in
+# inference. Any other class may use attributes of these names as it likes.
 IGNORED = frozenset(
     {"training", "preprocessing", "categories", "num_classes", "pretrained_cfg", "default_cfg", "feature_info"}
     | {"fused_attn", "grad_checkpointing"}
 )
 _INTERNAL = frozenset(vars(nn.Module()))
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_DEPTH = 6
+_DEPTH = 6  # for classes of the libraries, whose own names say most
+_STRICT_DEPTH = 100
+_FUNCTIONS = (types.FunctionType, classmethod, staticmethod)
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
 def is_foreign(module: str) -> bool:
-    """Whether code of this (Python) module is not that of torch, torchvision, timm or featurecache."""
-    return module.partition(".")[0] not in LIBRARIES
+    """Whether code of this (Python) module is not that of torch, torchvision, timm, featurecache or Python itself."""
+    top = module.partition(".")[0]
+    return top not in LIBRARIES and not (top in sys.stdlib_module_names and _is_standard(top))
+
+
+@functools.cache
+def _is_standard(top: str) -> bool:
+    """Whether this name is that of the standard library here, not of a user's file that hides it."""
+    file = getattr(sys.modules.get(top), "__file__", None)
+    return file is None or not _is_own(top)
 
 
 def tensor_digest(x: Tensor) -> str:
@@ -52,89 +73,230 @@ def update_tensor(digest: Any, x: Tensor) -> None:
         digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def describe_module(module: nn.Module) -> dict[str, Any]:
-    """Class and settings of one module, without its children and without its stored tensors."""
+def describe_module(module: nn.Module, tree: Mapping[int, str] | None = None) -> dict[str, Any]:
+    """Class and settings of one module, without its children and without its stored tensors.
+
+    Args:
+        module: the module.
+        tree: names of the modules of the network by `id`; where a value refers to one of them the name is enough.
+
+    Raises:
+        InputError: an attribute of a class outside torch, torchvision and timm holds what can't be told apart.
+    """
     kind = type(module)
-    found: dict[str, Any] = {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "repr": _ADDRESS.sub("", module.extra_repr()),
-    }
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    tree = tree or {id(module): ""}
+    found: dict[str, Any] = {"class": name, "repr": _ADDRESS.sub("", module.extra_repr())}
     foreign = is_foreign(kind.__module__)
+    ignored = _INTERNAL if foreign else _INTERNAL | IGNORED
     state = {
-        name: describe_value(value)
-        for name, value in vars(module).items()
+        key: _Describer(f"{name}.{key}", tree, strict=foreign)(value)
+        for key, value in _attributes(module, foreign=foreign).items()
         # None is what an absent part leaves behind, or nothing at all; it says no more than its absence.
-        if value is not None and name not in _INTERNAL | IGNORED and (foreign or not name.startswith("_"))
+        if value is not None and key not in ignored and (foreign or not key.startswith("_"))
     }
     hidden = {
-        name: tensor_digest(value)
-        for name, value in module._buffers.items()
-        if value is not None and name in module._non_persistent_buffers_set
+        key: tensor_digest(value)
+        for key, value in module._buffers.items()
+        if value is not None and key in module._non_persistent_buffers_set
     }
     hooks = [
-        describe_value(hook)
+        _Describer(f"a hook of {name}", tree, strict=is_foreign(_module_of(hook)))(hook)
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if not getattr(hook, "__module__", "").startswith("featurecache")  # ours only observe, or keep modules frozen
+        if not _module_of(hook).startswith("featurecache")  # ours only observe, or keep modules frozen
     ]
-    code = _code_digest(kind) if foreign and not _text(sys.modules.get(kind.__module__)) else None
-    for name, value in (("settings", state), ("buffers", hidden), ("hooks", hooks), ("code", code)):
-        if value:
-            found[name] = value
+    code = _Describer(name, tree, strict=True).class_code(kind)
+    graph = module.code if isinstance(module, fx.GraphModule | torch.jit.ScriptModule) else None
+    for key, part in (("settings", state), ("buffers", hidden), ("hooks", hooks), ("code", code), ("graph", graph)):
+        if part:
+            found[key] = part
     return found
 
 
-def describe_value(value: Any, depth: int = 0) -> Any:
-    """A value as JSON that is the same in every process: no addresses, no order of sets, no paths."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float | complex):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return ["tensor", tensor_digest(value)]
-    if isinstance(value, np.ndarray):
-        return ["array", str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-    if isinstance(value, enum.Enum):
-        return [type(value).__qualname__, value.name]
-    if isinstance(value, torch.dtype | torch.device):
-        return str(value)
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    if depth >= _DEPTH:
-        return type(value).__qualname__
-    if isinstance(value, functools.partial):
-        parts = (value.func, value.args, value.keywords)
-        return ["partial", *(describe_value(part, depth + 1) for part in parts)]
-    if isinstance(value, Mapping):
-        items = {str(key): describe_value(item, depth + 1) for key, item in value.items()}
-        return dict(sorted(items.items()))
-    if isinstance(value, set | frozenset):
-        return sorted((describe_value(item, depth + 1) for item in value), key=repr)
-    if isinstance(value, list | tuple):
-        return [describe_value(item, depth + 1) for item in value]
-    if isinstance(value, nn.Module):
-        state = {name: tensor_digest(tensor) for name, tensor in sorted(value.state_dict().items())}
-        return [f"{type(value).__module__}.{type(value).__qualname__}", _ADDRESS.sub("", repr(value)), state]
-    if isinstance(value, types.FunctionType | types.MethodType):
-        return _describe_function(value, depth)
-    if callable(value) and hasattr(value, "__name__"):
-        return f"{getattr(value, '__module__', '')}.{value.__name__}"
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    inside = vars(value) if hasattr(value, "__dict__") else {}
-    return [kind, describe_value(inside, depth + 1)]
+def _attributes(module: Any, *, foreign: bool) -> Mapping[str, Any]:
+    """Attributes of a module, or what its class says that it consists of."""
+    custom = any("__getstate__" in vars(base) for base in type(module).__mro__ if base is not object)
+    state = module.__getstate__() if foreign and custom else vars(module)
+    return state if isinstance(state, dict) else {"__getstate__": state}
 
 
-def _describe_function(function: Any, depth: int) -> Any:
-    name = f"{function.__module__}.{function.__qualname__}"
-    if not is_foreign(function.__module__):
-        return name
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    try:
-        source = inspect.getsource(plain)
-    except (OSError, TypeError):
-        source = plain.__code__.co_code.hex()
-    cells = [cell.cell_contents for cell in plain.__closure__ or () if _is_filled(cell)]
-    closure = [describe_value(cell, depth + 1) for cell in cells if not isinstance(cell, nn.Module)]
-    return [name, source, describe_value(plain.__defaults__, depth + 1), closure]
+def _module_of(hook: Any) -> str:
+    return getattr(hook, "__module__", None) or type(hook).__module__
+
+
+class _Describer:
+    """Values as JSON. What is neither plain nor a function is described as pickle would take it apart.
+
+    Args:
+        where: the attribute, for errors.
+        tree: modules of the network, by `id`.
+        strict: every difference between two values must show, else InputError.
+    """
+
+    def __init__(self, where: str, tree: Mapping[int, str], *, strict: bool) -> None:
+        self.where, self.tree, self.strict = where, tree, strict
+        self.stack: list[int] = []
+        self.seen: dict[int, Any] = {}  # functions and classes: once is enough
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, enum.Enum):
+            return [self._class(type(value)), value.name, self(value.value)]
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float | complex):
+            return ["number", repr(value)]
+        if isinstance(value, bytes | bytearray):
+            return [type(value).__name__, value.hex()]
+        if isinstance(value, Tensor):
+            return ["tensor", tensor_digest(value)]
+        if isinstance(value, torch.dtype | torch.device | np.dtype | PurePath):
+            return ["path" if isinstance(value, PurePath) else "dtype or device", str(value)]
+        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+            data = np.asarray(value)
+            return ["array", str(data.dtype), list(data.shape), hashlib.sha256(data.tobytes()).hexdigest()]
+        if isinstance(value, types.ModuleType):
+            return ["python module", value.__name__]
+        if isinstance(value, nn.Module) and id(value) in self.tree:
+            return ["module", self.tree[id(value)]]
+        if id(value) in self.stack:
+            return ["cycle", len(self.stack) - self.stack.index(id(value))]
+        if len(self.stack) >= (_STRICT_DEPTH if self.strict else _DEPTH):
+            return self._unknown(value, "is nested too deeply")
+        self.stack.append(id(value))
+        try:
+            return self._compound(value)
+        finally:
+            self.stack.pop()
+
+    def _compound(self, value: Any) -> Any:
+        if isinstance(value, type):
+            return self._class(value)
+        if type(value) in (dict, OrderedDict, types.MappingProxyType):
+            return ["dict", *([self(key), self(item)] for key, item in value.items())]
+        if isinstance(value, set | frozenset):
+            return ["set", *sorted((self(item) for item in value), key=repr)]
+        if type(value) in (list, tuple):
+            return [type(value).__name__, *map(self, value)]
+        if isinstance(value, np.ndarray):
+            return ["array", *map(self, value.shape), self(value.tolist())]
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, types.CodeType):
+            return self._code(value)
+        if isinstance(value, types.MethodType):
+            return ["method", self(value.__func__), self(value.__self__)]
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, staticmethod | classmethod):
+            return [type(value).__name__, self(value.__func__)]
+        if isinstance(value, property):
+            return ["property", self(value.fget), self(value.fset)]
+        if isinstance(value, torch.jit.ScriptFunction):
+            return ["script", value.code]
+        if callable(value) and hasattr(value, "__wrapped__"):  # functools.cache and the like
+            return ["wrapped", self(value.__wrapped__)]
+        if callable(value) and isinstance(getattr(value, "__name__", None), str):
+            owner = getattr(value, "__self__", None)  # of a built-in method, a value; of a function, its module
+            name = f"{getattr(value, '__module__', None) or ''}.{value.__name__}"
+            return name if owner is None or isinstance(owner, types.ModuleType | type) else [name, self(owner)]
+        return self._object(value)
+
+    def _object(self, value: Any) -> Any:
+        kind = type(value)
+        try:
+            parts = copyreg.dispatch_table[kind](value) if kind in copyreg.dispatch_table else value.__reduce_ex__(4)
+        except Exception:  # TypeError from Python itself, anything from a class's own method
+            return self._unknown(value, "can't be taken apart")
+        if isinstance(parts, str):
+            return [self._class(kind), parts]
+        make, arguments, state, items, pairs = (*parts, None, None, None)[:5]
+        if type(state) is dict:
+            state = dict(sorted(state.items(), key=lambda item: str(item[0])))
+        rest = (tuple(arguments), state, list(items or ()), [list(pair) for pair in pairs or ()])
+        return [self._class(kind), self(make), *map(self, rest)]
+
+    def _unknown(self, value: Any, reason: str) -> Any:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if not self.strict:
+            return kind
+        raise InputError(
+            f"{self.where}: holds a {kind}, which {reason}, so that features made with one such value can't be told "
+            "from those made with another. Make it a plain value (numbers, text, tensors, lists, dicts), or give its "
+            "class, or the class of the nn.Module that holds it, a __getstate__ that returns what matters."
+        )
+
+    def _module(self, module: nn.Module) -> Any:
+        """A module that is not part of the network's tree: all that it is."""
+        outer, names = self.tree, {id(child): name for name, child in module.named_modules()}
+        inner = {**{key: f"{self.where}.{name}" for key, name in names.items()}, **outer}
+        parts = {name: describe_module(child, inner) for name, child in module.named_modules()}
+        tensors = {name: tensor_digest(tensor) for name, tensor in sorted(module.state_dict().items())}
+        return [self._class(type(module)), parts, tensors]
+
+    def _class(self, kind: type) -> Any:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if id(kind) in self.seen:
+            return name
+        self.seen[id(kind)] = kind
+        code = self.class_code(kind)
+        return [name, code] if code else name
+
+    def class_code(self, kind: type) -> dict[str, Any]:
+        """Methods and values of a class whose (Python) module has no text: typed into a notebook or a console."""
+        return {
+            f"{base.__module__}.{base.__qualname__}.{name}": self(value)
+            for base in kind.__mro__
+            if is_foreign(base.__module__) and not _text(base.__module__)
+            for name, value in sorted(vars(base).items())
+            if not isinstance(value, _SLOTS)
+            and name != "_abc_impl"
+            and (isinstance(value, _FUNCTIONS) or not (name.startswith("__") and name.endswith("__")))
+        }
+
+    def _function(self, function: types.FunctionType) -> Any:
+        defined = str(function.__globals__.get("__name__", function.__module__))  # functools.wraps changes __module__
+        name = f"{defined}.{function.__code__.co_qualname}"
+        if not is_foreign(defined):
+            wrapped = getattr(function, "__wrapped__", None)  # torch.no_grad() around a function, for one
+            return name if wrapped is None else [name, self(wrapped)]
+        if id(function) in self.seen:
+            return name
+        self.seen[id(function)] = function
+        before, self.strict = self.strict, True
+        try:
+            cells = [self(cell.cell_contents) for cell in function.__closure__ or () if _is_filled(cell)]
+            parts = [self(part) for part in (function.__defaults__, function.__kwdefaults__)]
+            return [name, self._body(function.__code__), *parts, cells, self._globals(function, defined)]
+        finally:
+            self.strict = before
+
+    def _body(self, code: types.CodeType) -> Any:
+        """Source where there is some; several lambdas may share their lines, so that these count by their code."""
+        if code.co_name != "<lambda>":
+            try:
+                return inspect.getsource(code)
+            except (OSError, TypeError):
+                pass
+        return self._code(code)
+
+    def _code(self, code: types.CodeType) -> Any:
+        """What a code object does, without file names and line numbers."""
+        names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+        return [code.co_code.hex(), [list(group) for group in names], self(code.co_consts)]
+
+    def _globals(self, function: types.FunctionType, defined: str) -> dict[str, Any]:
+        """What a function uses of a module that has no text."""
+        if _text(defined):
+            return {}
+        names = set(_names(function.__code__)) & function.__globals__.keys()
+        return {name: self(function.__globals__[name]) for name in sorted(names)}
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def _is_filled(cell: Any) -> bool:
@@ -152,57 +314,109 @@ def foreign_modules(module: nn.Module) -> set[str]:
     }
 
 
-def sources(names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the text of Python modules, and of the user's own ones that they use in turn.
+def sources(names: Iterable[str], packages: Iterable[str] = ()) -> dict[str, str]:
+    """SHA-256 of the text of Python modules, and of those that they import in turn, if these are the user's own.
 
     What is installed (site-packages, the standard library) is not followed, so that installing a package changes
-    nothing; where a file lies does not count, its text does.
+    nothing, but for `packages`. Where a file lies does not count, its text does.
+
+    Args:
+        names: dotted names of modules.
+        packages: top-level packages whose modules are followed wherever they are: the plug-in's own.
     """
+    packages = {name.partition(".")[0] for name in packages}
     found: dict[str, str] = {}
     waiting = sorted(set(names))
     while waiting:
         name = waiting.pop()
         if name in found:
             continue
-        module = sys.modules.get(name) or importlib.import_module(name)
-        found[name] = hashlib.sha256(_text(module).encode()).hexdigest()
-        for value in list(vars(module).values()):
-            used = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-            if isinstance(used, str) and used not in found and is_foreign(used) and _is_own(used):
+        text = _text(name)
+        found[name] = hashlib.sha256(text).hexdigest()
+        for used in sorted(_imported(name, text) | _loaded(name)):
+            top = used.partition(".")[0]
+            if used not in found and is_foreign(used) and (top in packages or _is_own(top)) and _exists(used):
                 waiting.append(used)
     return dict(sorted(found.items()))
 
 
-def _text(module: types.ModuleType | None) -> str:
-    """Source text of a Python module; "" where there is none (a notebook, a console, compiled code)."""
+def _imported(name: str, text: bytes) -> set[str]:
+    """What the import statements of a module name, its functions' too: modules, and perhaps things in them."""
     try:
-        return inspect.getsource(module) if module is not None else ""
-    except (OSError, TypeError):
-        return ""
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # compiled code
+        return set()
+    spec = _spec(name)
+    package = name if spec is not None and spec.submodule_search_locations is not None else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found - {""}
 
 
-def _code_digest(kind: type) -> str:
-    """SHA-256 of the bytecode of a class's methods, for classes whose module has no text: typed into a notebook."""
-    digest = hashlib.sha256()
-    for base in kind.__mro__:
-        if is_foreign(base.__module__):
-            for name, method in sorted(vars(base).items()):
-                code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-                if code is not None:
-                    digest.update(repr((name, _plain_code(code))).encode())
-    return digest.hexdigest()
+def _loaded(name: str) -> set[str]:
+    """Modules of what a loaded module holds; its submodules don't count, which anybody's import puts there."""
+    found = set()
+    for key, value in list(vars(sys.modules[name]).items()) if name in sys.modules else []:
+        used = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+        if isinstance(used, str) and used != f"{name}.{key}":
+            found.add(used)
+    return found
 
 
-def _plain_code(code: types.CodeType) -> tuple[Any, ...]:
-    """What a code object does, without file names and line numbers."""
-    constants = [_plain_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return code.co_code, code.co_names, code.co_varnames, constants
+def _exists(name: str) -> bool:
+    return name in sys.modules or _spec(name) is not None
+
+
+def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a module is, whether it is loaded or not; nothing is imported to find out."""
+    spec, path = None, None
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        inner = ".".join(parts[:end])
+        if inner in sys.modules:
+            spec = getattr(sys.modules[inner], "__spec__", None)
+        else:
+            spec = importlib.machinery.PathFinder.find_spec(inner, path)
+        path = spec.submodule_search_locations if spec is not None else None
+        if path is None and end < len(parts):
+            return None
+    return spec
+
+
+def _file(name: str) -> Path | None:
+    spec = _spec(name)
+    for file in (getattr(sys.modules.get(name), "__file__", None), spec.origin if spec is not None else None):
+        if isinstance(file, str) and Path(file).is_file():
+            return Path(file)
+    return None
+
+
+def _text(name: str) -> bytes:
+    """Content of a module's file; b"" where there is none (a notebook, a console)."""
+    file = _file(name)
+    if file is not None:
+        return file.read_bytes().replace(b"\r\n", b"\n")
+    try:
+        return inspect.getsource(sys.modules[name]).encode()  # in a zip archive
+    except (KeyError, OSError, TypeError):
+        return b""
 
 
 def _is_own(name: str) -> bool:
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if not file:
+    """Whether a top-level module or package is neither installed nor Python's own."""
+    spec = _spec(name)
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    file = _file(name) or (Path(places[0]) if places else None)
+    if file is None:
+        return False
+    path = file.resolve()
+    if {"site-packages", "dist-packages"} & set(path.parts):
         return False
     installed = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    path = Path(file).resolve()
     return not any(path.is_relative_to(Path(place).resolve()) for place in installed if place)

@@ -57,13 +57,15 @@ def _load_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch warns of old formats and of TorchScript; both end in an error here
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].rstrip(". ")
+        # The rest of torch's message advises to load the file all the same, code included.
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f" (it refers to {name[1]!r})" if name else ""
         raise InputError(
             f"{path}: refused, because it holds more than tensors (a pickle may carry code). Nothing in it was "
-            f"executed. Save the state dict alone: safetensors.torch.save_file(model.state_dict(), FILE) ({reason})"
+            f"executed. Save the state dict alone: safetensors.torch.save_file(model.state_dict(), FILE){reason}"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
+        reason = re.split(r"\.? (?:In PyTorch|Re-running)", str(error).split("\n")[0])[0]
         raise InputError(f"{path}: not a file of torch weights ({reason}). Nothing in it was executed.") from None
 
 

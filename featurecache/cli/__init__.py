@@ -46,7 +46,7 @@ def main() -> None:
     # from those who work: measured on 2 busy cores, 4 to 20 times slower. Read when torch is loaded, so set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="featurecache", standalone_mode=False)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except Exception as error:

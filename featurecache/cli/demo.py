@@ -42,7 +42,9 @@ def demo(
         output.text(f"runs      {len(result.rows)}: {result.runs_reused} reused")
         output.text()
         width = max(len(row.title) for row in result.rows)
-        output.text(f"{'test accuracy':<{width}}  value  95 % interval   difference to the better single view")
+        output.text(
+            f"{'test accuracy':<{width}}  value  95 % interval   difference to the better single view (by validation)"
+        )
         for row in result.rows:
             output.text(
                 f"{row.title:<{width}}  {row.value:.3f}  [{row.low:.3f}, {row.high:.3f}]  {row.verdict()}".rstrip()

@@ -113,7 +113,8 @@ def show_run(output: Output, run: Run) -> None:
         "task": run.task,
         "views": list(run.views),
         "skipped": list(run.record.get("skipped", ())),
-        **{name: run.record[name] for name in ("n_dropped", "n_failed", "failed_views") if name in run.record},
+        **{name: run.record[name] for name in ("n_dropped", "n_failed") if name in run.record},
+        **{f"unreadable_{view}": count for view, count in run.record.get("failed_views", {}).items()},
         **flat_metrics(run.metrics),
     }
     output.text(f"run       {path} ({run.task}, views {', '.join(run.views)})")

@@ -116,5 +116,5 @@ def finetune_joint(
         with reporter(quiet=quiet) as progress:
             run = run_training(config, command=typed_command(), reporter=progress)
         show_run(output, run)
-        body = f"run:{output.outputs[0]}"
-        output.next = f"featurecache extract {manifest} --store STORE --body {body} ... caches the tuned features"
+        tuned = f"run:{output.outputs[0]}"
+        output.next = f"featurecache extract {manifest} --store STORE --body {tuned} ... caches the tuned features"

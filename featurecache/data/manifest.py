@@ -66,18 +66,17 @@ class Manifest:
 def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
     """Read and check a manifest.
 
-    Args:
-        config: which, and how it is to be read.
-        images: whether the image files must be there; without, `location` says where they should be.
-
     Wide layout: a row per sample; `views` maps view names to a column, or to several (`COL1,COL2`) that hold several
-        images
-    of the view. Long layout: a row per image; `views` maps view names to values of `view_column`; rows of other values
-    are left out, and so are samples that have no other rows. Without `views`, the wide layout looks for a column named
-    as in IMAGE_COLUMNS, and the long one takes every value as a view.
+    images of the view. Long layout: a row per image; `views` maps view names to values of `view_column`; rows of other
+    values are left out, and so are samples that have no other rows. Without `views`, the wide layout looks for a column
+    named as in IMAGE_COLUMNS, and the long one takes every value as a view.
 
     An empty cell means that the view is absent. Ordinals count the images that are there: from 0, in the order of the
     columns or rows. With `multi="first"` only ordinal 0 is kept.
+
+    Args:
+        config: which, and how it is to be read.
+        images: whether the image files must be there; without, `location` says where they should be.
 
     Raises:
         MissingFileError: no such file or folder.

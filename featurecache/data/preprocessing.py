@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_MODES = ("crop", "squash", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+VERSION = 1  # of the pixel contract: raised whenever equal parameters would give other pixels (kernels, rounding)
 MAX_RESIZED = 1 << 26  # pixels; a strip of 10,000 x 1 would otherwise become 2.6 million x 256
 
 
@@ -45,9 +46,38 @@ def resize(image: torch.Tensor, size: tuple[int, int], interpolation: str, antia
     return interpolate(batch, size=size, mode=interpolation, align_corners=False, antialias=antialias)[0]
 
 
+def stack(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One batch of what `Preprocessing.apply` (or an augmentation) gave for images of one view.
+
+    Images of one type are stacked as they are, so that uint8 travels to the device in a quarter of the space. Where 8
+    bit files stand beside 16 bit or float ones, uint8 becomes float32 by the same division that `normalise` does, so
+    that each image ends up bitwise as it would in any other batch.
+
+    Args:
+        images: one or more of one shape, uint8 or float32.
+    """
+    if len({image.dtype for image in images}) > 1:
+        images = [_scaled(image) for image in images]
+    return torch.stack(list(images))
+
+
+def _scaled(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 with 1.0 as white."""
+    if tensor.dtype != torch.uint8:
+        return tensor.to(torch.float32)
+    # The divisor is a tensor: by a plain number CUDA multiplies with its reciprocal, which rounds unlike a CPU.
+    return tensor.to(torch.float32) / torch.full((), 255.0, device=tensor.device)
+
+
+def _shortest(value: float) -> float:
+    """The number of fewest digits that is the same in float32: all that `normalise` uses of it."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(str(np.float32(value))) + 0.0  # no negative zero
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image before a body sees it; every field is part of the recipe.
+    """What is done to an image before a body sees it; `parameters()` is the recipe's form of it.
 
     For uint8 images the resize runs on uint8, as torchvision's v2 transforms do: separable, in fixed point, rounded to
     whole grey levels after each axis. It is within one grey level of Pillow's and of resizing in float. Images of 16
@@ -59,13 +89,13 @@ class Preprocessing:
     - `pad`: the longer side becomes `crop` (or `resize`), and the rest is filled with black on both sides.
 
     Attributes:
-        channels: 1, 3, 4 or any other count that reader and body agree on.
+        channels: 1, 3, 4 or any other count that reader and body agree on; as many as there are means.
         resize: pixels, or None for no resize.
         crop: pixels, or None for no crop.
         resize_mode: `crop`, `squash` or `pad`.
         interpolation: `nearest`, `bilinear` or `bicubic`.
         antialias: whether shrinking averages over all pixels that it covers.
-        mean, std: one per channel, in units of the full range (1.0 = white).
+        mean, std: one per channel, in units of the full range (1.0 = white); kept to the precision of float32.
     """
 
     channels: int = 3
@@ -83,8 +113,8 @@ class Preprocessing:
         Raises:
             InputError: says which field can't be, and what is accepted.
         """
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        object.__setattr__(self, "mean", tuple(_shortest(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(_shortest(value) for value in self.std))
         if self.channels < 1:
             raise InputError(f"preprocessing: channels={self.channels}, but at least 1 is needed")
         for name in ("mean", "std"):
@@ -110,22 +140,60 @@ class Preprocessing:
             raise InputError(f"preprocessing: resize_mode {self.resize_mode!r} needs a size, as crop or resize")
 
     def parameters(self) -> dict[str, Any]:
-        """All fields, as JSON values; `from_parameters` reads them back to an equal object."""
-        values = asdict(self)
-        return values | {"mean": list(self.mean), "std": list(self.std)}
+        """Part of the recipe: JSON values that are equal if and only if the pixels are.
+
+        What has no effect is null: `crop` for `squash` and `pad` (their side is given as `resize`), `interpolation`
+        where nothing is resized, `antialias` there and for `nearest`. The channels are left out: they are the reader's
+        to choose, who has them among its own parameters, and there is one mean for each.
+        """
+        side = self.crop or self.resize
+        resize, crop = (self.resize, self.crop) if self.resize_mode == "crop" else (side, None)
+        interpolation = self.interpolation if resize is not None else None
+        return {
+            "version": VERSION,
+            "resize": resize,
+            "crop": crop,
+            "resize_mode": self.resize_mode,
+            "interpolation": interpolation,
+            "antialias": self.antialias if interpolation in ("bilinear", "bicubic") else None,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     @classmethod
     def from_parameters(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Read `parameters()` back.
+        """Read `parameters()` back: to the same pixels and parameters. What is null there takes its default.
 
         Raises:
-            InputError: an unknown field, or a value that is not accepted.
+            InputError: another version, an unknown or missing field, a value that is not accepted, or not as
+                `parameters()` would write it.
         """
-        known = [field.name for field in fields(cls)]
+        known = list(cls().parameters())
         for name in values:
             if name not in known:
                 raise InputError(f"preprocessing: unknown field {name!r}.{did_you_mean(name, known)}")
-        return cls(**values)
+        if missing := [name for name in known if name not in values]:
+            raise InputError(f"preprocessing: no {', '.join(missing)}")
+        if values["version"] != VERSION:
+            raise InputError(
+                f"preprocessing of version {values['version']}, but this is version {VERSION}. Use the featurecache "
+                "of then, or compute anew."
+            )
+        given = {
+            name: value
+            for name, value in values.items()
+            if name != "version" and not (name in ("interpolation", "antialias") and value is None)
+        }
+        try:
+            made = cls(channels=len(values["mean"]), **given)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"preprocessing: {' '.join(str(error).split())}") from None
+        for name, value in made.parameters().items():
+            if value != values[name]:
+                raise InputError(f"preprocessing: {name}={values[name]!r}, but with the other fields it is {value!r}")
+        return made
 
     def size(self) -> tuple[int, int] | None:
         """(height, width) that every output has; None where images keep sizes of their own."""
@@ -139,7 +207,8 @@ class Preprocessing:
             image: (height, width, channels) with the number of channels given here.
 
         Returns:
-            (channels, height, width): uint8 for uint8, else float32 with 1.0 as white. Not necessarily contiguous.
+            (channels, height, width): uint8 for uint8, else float32 with 1.0 as white. Not necessarily contiguous;
+            `stack` makes a batch.
 
         Raises:
             InputError: another number of channels.
@@ -192,13 +261,12 @@ class Preprocessing:
         return tensor[:, top : top + side, left : left + side]
 
     def normalise(self, batch: torch.Tensor) -> torch.Tensor:
-        """(value - mean) / std, in float32 and on the batch's own device.
+        """(value - mean) / std in float32, where uint8 is divided by 255 first; on the batch's own device.
 
         Args:
             batch: (n, channels, height, width) or (channels, height, width), uint8 or float with 1.0 as white.
         """
-        scaled = batch.to(torch.float32) / 255 if batch.dtype == torch.uint8 else batch.to(torch.float32)
         shape = (self.channels, 1, 1)
         mean = torch.tensor(self.mean, dtype=torch.float32, device=batch.device).reshape(shape)
         std = torch.tensor(self.std, dtype=torch.float32, device=batch.device).reshape(shape)
-        return (scaled - mean) / std
+        return (_scaled(batch) - mean) / std

@@ -42,6 +42,11 @@ Content = Sequence[Sequence[str] | None]
 """Per sample the keys (hex) of its images; None where unknown."""
 
 
+def group_column(table: pl.DataFrame, group: str | None) -> str | None:
+    """The column that says what must stay together: `group`, else one named `group`, else None."""
+    return group or ("group" if "group" in table.columns else None)
+
+
 def sample_groups(table: pl.DataFrame, group: str | None) -> np.ndarray:
     """The group of each sample, as text (n,): `group`, else a column named `group`, else the sample's own id.
 
@@ -53,7 +58,7 @@ def sample_groups(table: pl.DataFrame, group: str | None) -> np.ndarray:
     if group is not None and group not in table.columns:
         near = did_you_mean(group, table.columns)
         raise InputError(f"no group column {group!r}.{near} Columns: {', '.join(table.columns[:20])}")
-    column = group or ("group" if "group" in table.columns else "sample_id")
+    column = group_column(table, group) or "sample_id"
     own = table["sample_id"]
     return np.array(table[column].cast(pl.String).fill_null(own), dtype=object).astype(np.str_)
 

@@ -82,9 +82,18 @@ def read_source(path: Path, *, suffixes: Collection[str] = IMAGE_SUFFIXES) -> So
     digest = hashlib.sha256(data).hexdigest()
     if data.startswith(b"PAR1"):
         return _read_parquet(path, shown, digest, data)
+    if path.suffix.lower() in (".parquet", ".pq"):
+        raise InputError(f"{shown}: {_no_parquet(data)}")
     if path.suffix.lower() not in (".csv", ".tsv", ".txt", ""):
         raise InputError(f"{shown}: a manifest is a CSV or Parquet file or a folder of images, not {path.suffix!r}")
     return _read_csv(path, shown, digest, data, "\t" if path.suffix.lower() == ".tsv" else ",")
+
+
+def _no_parquet(data: bytes) -> str:
+    """What is wrong with a file that is named as Parquet but does not begin as one."""
+    if not data:
+        return "the file is empty"
+    return "not a Parquet file, or a damaged one: it does not begin with 'PAR1'"
 
 
 def _decode(data: bytes, shown: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -76,7 +76,9 @@ def read_target(
 
     Raises:
         InputError: no such column, a value that the task can't take (naming column, sample and value), fewer than two
-            classes.
+            classes, as many classes as samples, an uncertain value that no column holds. The last is let pass where
+            `classes`, or multilabel or regression as the task, may be those of a model, whose new samples need not
+            hold it; multilabel refuses unknown marks anyway.
     """
     head = f"{source}: " if source else ""
     if not names:
@@ -87,6 +89,8 @@ def read_target(
     if problems:
         raise InputError.from_problems(f"{head}target columns", problems)
     columns = [_certain(table[name], uncertain or {}, head) for name in names]
+    if classes is None and task not in ("multilabel", "regression"):
+        _check_uncertain([table[name] for name in names], uncertain or {}, head)
     if task == "auto":
         task = "multiclass" if classes is not None and len(classes) > 2 else _guess(columns)
         task = "binary" if classes is not None and len(classes) == 2 else task
@@ -120,6 +124,35 @@ def _certain(series: pl.Series, uncertain: Mapping[str, str], head: str) -> pl.S
         stands = pl.lit(_MEANING[meaning], dtype=pl.String)
         text = pl.select(pl.when(is_value(series, value)).then(stands).otherwise(text).alias(series.name)).to_series()
     return pl.select(pl.when(text.str.strip_chars() != "").then(text).alias(series.name)).to_series()
+
+
+def _check_uncertain(columns: Sequence[pl.Series], uncertain: Mapping[str, str], head: str) -> None:
+    """Refuse a value that no target column holds: most likely it is written otherwise there."""
+    for value, meaning in uncertain.items():
+        whole = [series.fill_nan(None) if series.dtype.is_float() else series for series in columns]
+        if any(is_value(series, value).any() for series in whole):
+            continue
+        found = {label for series in whole for label in as_text(series.drop_nulls().unique()).to_list()}
+        shown = _some(_sorted(found)) or "nothing"
+        names = _named([series.name for series in columns])
+        raise InputError(f"{head}--uncertain {value}={meaning}: no such value in {names}. Found: {shown}")
+
+
+def _some(labels: Sequence[str]) -> str:
+    """The first few, and how many there are besides."""
+    more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+    return ", ".join(repr(_short(label)) for label in labels[:_SHOWN]) + more
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 40 else label[:39] + "…"
+
+
+def _sorted(labels: Collection[str]) -> list[str]:
+    """In numeric order where all are numbers, else as text."""
+    if all(_is_number(label) for label in labels):
+        return sorted(labels, key=lambda label: (float(label), label))
+    return sorted(labels)
 
 
 def _as_float(text: pl.Series) -> pl.Series:
@@ -178,12 +211,18 @@ def _numbers(table: pl.DataFrame, columns: Sequence[pl.Series], *, binary: bool,
 def _classes(table: pl.DataFrame, text: pl.Series, task: str, classes: Sequence[str] | None, head: str) -> Target:
     found = text.drop_nulls().unique().to_list()
     if classes is None:
-        numeric = all(_is_number(label) for label in found)
-        labels = sorted(found, key=lambda label: (float(label), label)) if numeric else sorted(found)
+        labels = _sorted(found)
         if not labels:
             raise InputError(f"{head}column {text.name!r}: no value is known")
         if len(labels) < 2:
             raise InputError(f"{head}column {text.name!r}: only one class, {labels[0]!r}; at least two are needed")
+        if task != "binary" and 2 < len(labels) == len(text) - text.null_count():
+            numeric = all(_is_number(label) for label in labels)
+            other = ", or --task regression if it is a quantity" if numeric else ""
+            raise InputError(
+                f"{head}column {text.name!r} has as many classes as samples ({len(labels)}): {_some(labels)}. "
+                f"Ids and free text can't be learned: a class needs several samples. Give another --target{other}."
+            )
     else:
         labels = list(classes)
         wrong = text.is_not_null() & ~text.is_in(labels)

@@ -133,14 +133,16 @@ class Augmentation:
     def apply(self, image: Decoded, preprocessing: Preprocessing, draw: Draw, view_index: int) -> torch.Tensor:
         """Augment one image and bring it to the size of the preprocessing.
 
-        The crop is taken from the region that the preprocessing looks at: with `crop` a region as wide and high as the
-            shorter
-        side, anywhere in the image; with `squash` the whole image; with `pad` the padded square. Without `crop` in
-        `names` the image is preprocessed as usual, then the other changes are made.
+        The crop is taken from the region that the preprocessing's `resize_mode` looks at: with `crop` a square as wide
+        and high as the image's shorter side, anywhere in the image; with `squash` the whole image; with `pad` the
+        padded square. Without `crop` in `names` the image is preprocessed as usual, then the other changes are made.
+
+        The result depends on the preprocessing's `parameters()` alone. So where nothing is resized without
+        augmentation, the crop is resized with the default interpolation.
 
         Args:
             image: (height, width, channels).
-            preprocessing: gives size, interpolation and antialias.
+            preprocessing: gives size, interpolation and antialias, and the mean that fills the corners of a rotation.
             draw: of this sample.
             view_index: the view's number (or any other number that is its own); the photometric draw depends on it.
 
@@ -168,6 +170,7 @@ class Augmentation:
 
     @staticmethod
     def _crop(tensor: torch.Tensor, preprocessing: Preprocessing, draw: Draw) -> torch.Tensor:
+        preprocessing = Preprocessing.from_parameters(preprocessing.parameters())
         size = preprocessing.size()
         if size is None:
             raise InputError("augmentation 'crop' needs a fixed size: give --crop N or --resize-mode squash or pad")

@@ -29,6 +29,8 @@ from featurecache.heads.losses import (
 )
 from featurecache.heads.rows import Rows, open_rows
 
+WARM_UP = 0.25  # part of the steps in which the learning rate rises
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -37,7 +39,8 @@ class FCSettings(config.Settings):
 
     `dropout` stands before the last layer, half of it before each earlier one, as in fastai. `batch_size` auto is a
     fiftieth of the training rows, as a power of two between 32 and 512. `lr` is the peak of the one-cycle schedule.
-    Training ends when the validation loss has not improved for `patience` epochs; the best epoch is kept.
+    Training ends when the validation loss has not improved for `patience` epochs, counted at the earliest from where `lr`
+    is at its peak; the best epoch is kept.
     """
 
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (512,)
@@ -170,7 +173,7 @@ def hide_views(x: Tensor, module: FCModule, p: float, generator: torch.Generator
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
     """Learning rate at a step: cosine from peak/25 up over the first quarter, then down to peak/1e5, as in fastai."""
-    turn = 0.25 * steps
+    turn = WARM_UP * steps
     if step < turn:
         low, high, part = peak / 25, peak, step / turn
     else:
@@ -240,6 +243,7 @@ class FCHead(Head):
         bounds = batch_bounds(len(train), _batch_size(settings, len(train)))
         steps, step = settings.epochs * len(bounds), 0
         best, best_epoch, best_state = math.inf, 0, {}
+        warm = math.ceil(WARM_UP * settings.epochs)
         for epoch in range(1, settings.epochs + 1):
             module.train()
             loss.train()
@@ -273,7 +277,7 @@ class FCHead(Head):
             if valid_loss < best:
                 best, best_epoch = valid_loss, epoch
                 best_state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-            elif epoch - best_epoch >= settings.patience:
+            elif epoch - max(best_epoch, warm) >= settings.patience:
                 break
         if best_state:
             module.load_state_dict(best_state)

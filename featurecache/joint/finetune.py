@@ -33,7 +33,8 @@ from featurecache.joint.schedule import make_phases
 from featurecache.joint.start import Start, prepare
 from featurecache.progress import Reporter, Silent
 from featurecache.results import finish_run, write_results
-from featurecache.run import Run, RunWriter, default_run_path
+from featurecache.run import Run, RunWriter, default_run_path, load_run
+from featurecache.rundir import RECORD
 
 FINISHED = f".{FOLDER}"  # hidden names are not part of a run: checkpoints stay until the run is published
 # What may differ between an attempt and the one that resumes it. Of files the content counts, and is compared.
@@ -64,22 +65,34 @@ def finetune_joint(config: JointConfig, *, command: str = "", reporter: Reporter
     """
     reporter = reporter or Silent()
     _check(config)
+    finished = finished_run(config)
+    if finished is not None:
+        reporter.note(f"{config.out}: finished already, nothing to resume")
+        return finished
     start = prepare(config)
     config = start.config
     out = config.out or default_run_path(start.manifest.path.stem, config.target, "joint")
     with RunWriter(out, kind="joint", overwrite=config.overwrite, resume=config.resume) as writer:
-        finished = writer.path / FINISHED
-        if finished.is_dir():  # killed while publishing
+        kept = writer.path / FINISHED
+        if kept.is_dir():  # killed while publishing
             shutil.rmtree(writer.path / FOLDER, ignore_errors=True)
-            finished.rename(writer.path / FOLDER)
+            kept.rename(writer.path / FOLDER)
         training = Training(start, writer.path, reporter)
         done, samples = training.run()
         record = training.write(done, samples)
         if (writer.path / FOLDER).is_dir():
-            (writer.path / FOLDER).rename(finished)
+            (writer.path / FOLDER).rename(kept)
         run = finish_run(writer, {**record, "command": command})
     shutil.rmtree(run.path / FINISHED, ignore_errors=True)
     return run
+
+
+def finished_run(config: JointConfig) -> Run | None:
+    """The run that `resume` would go on with, if it was finished: asked twice, the same command gives the same run."""
+    if not config.resume or config.overwrite or config.out is None or not (config.out / RECORD).is_file():
+        return None
+    run = load_run(config.out)
+    return run if run.kind == "joint" else None
 
 
 def _check(config: JointConfig) -> None:
@@ -200,7 +213,7 @@ class Training:
         """What has to be the same for a checkpoint to be gone on with; plain JSON."""
         options = {k: v for k, v in self.config.model_dump(mode="json").items() if k not in FREE}
         text = "\n".join(f"{self.ids[row]},{split}" for row, split in zip(samples.rows, samples.splits, strict=True))
-        bodies = {view: [setup.weights, setup.program] for view, setup in self.start.setups.items()}
+        bodies = {view: [list(own) for own in setup.identities] for view, setup in self.start.setups.items()}
         head = self.config.init and hashlib.sha256((self.config.init / FCHead.file).read_bytes()).hexdigest()
         return {
             **options,
@@ -263,7 +276,7 @@ class Training:
             "skipped": list(self.skipped),
             "head": {"name": FCHead.name, "settings": self.settings.model_dump(mode="json")},
             "threshold": results.threshold,
-            "binding": {"dataset": start.manifest.path.stem, "digest": start.manifest.digest},
+            "binding": {"dataset": start.manifest.path.stem, "manifest_digest": start.manifest.digest},
             "best_epoch": progress.best_epoch,
             "failed": failures,
         }

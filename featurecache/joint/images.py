@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featurecache.data.manifest import Manifest
+from featurecache.data.preprocessing import stack
 from featurecache.data.readers.base import ReadFailure, read
 from featurecache.data.transforms import Augmentation
 from featurecache.fusion import drop_views
@@ -155,10 +156,7 @@ class SampleImages:
             pairs = [(i, image) for i, item in enumerate(loaded) for image in item.images.get(view, ())]
             if not pairs:
                 continue
-            tensors = [image for _, image in pairs]
-            if len({tensor.dtype for tensor in tensors}) > 1:  # 8 and 16 bit files in one view
-                tensors = [tensor / 255 if tensor.dtype == torch.uint8 else tensor for tensor in tensors]
-            images[view] = torch.stack(tensors)
+            images[view] = stack([image for _, image in pairs])
             owner[view] = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
         present = torch.tensor([[bool(item.images.get(view)) for view in self.views] for item in loaded])
         return Batch(

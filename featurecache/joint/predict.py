@@ -148,7 +148,7 @@ def _setups(run: Run, trust: Sequence[str]) -> dict[str, ViewSetup]:
     bodies: dict[str, Body] = {}
     setups = {}
     for view in run.views:
-        recipe, file = run.recipes[view], str(run.bodies[view]["file"])
+        recipe, file = run.recipes[view]["recipe"], str(run.bodies[view]["file"])
         if file not in bodies:
             bodies[file] = load_run_body(run.path, view, trust=trust)
         body = bodies[file]
@@ -159,8 +159,7 @@ def _setups(run: Run, trust: Sequence[str]) -> dict[str, ViewSetup]:
         chosen = [entries[name] for name in run.record["tap"][view]]
         taps = resolve_taps(body, [Tap.create({"module": e["tap"], "pool": e["pool"]}) for e in chosen], size)
         reader = get_reader(recipe["reader"]["name"], **recipe["reader"]["parameters"])
-        weights, program = identify(body, taps, size)
-        setups[view] = ViewSetup(view, body, reader, body.preprocessing, size, taps, weights, program)
+        setups[view] = ViewSetup(view, body, reader, body.preprocessing, size, taps, identify(body, taps, size))
         _check_same(run, view, recipe, setups[view])
     return setups
 
@@ -172,9 +171,12 @@ def _check_same(run: Run, view: str, recipe: Mapping[str, Any], setup: ViewSetup
             f"{run.path}: view {view!r} was trained on images of reader {setup.reader.name} version "
             f"{recipe['reader']['version']}, this is version {setup.reader.version}"
         )
-    for field, here in (("weights", setup.weights), ("program", setup.program)):
-        if recipe["body"][field] != here:
-            raise RecipeMismatchError(
-                f"{run.path}: the body of view {view!r} is not what it was when trained: its {field} differ "
-                f"({recipe['body'][field][:16]} then, {here[:16]} now). Use the versions of then (run.json lists them)."
-            )
+    then = {entry["name"]: entry for entry in recipe["taps"]}
+    for tap, identity in zip(setup.taps, setup.identities, strict=True):
+        for field, here in identity._asdict().items():
+            if then[tap.name][field] != here:
+                raise RecipeMismatchError(
+                    f"{run.path}: the body of view {view!r} is not what it was when trained: its {field} differ "
+                    f"({then[tap.name][field][:16]} then, {here[:16]} now). Use the versions of then (run.json lists "
+                    "them)."
+                )

@@ -45,10 +45,9 @@ def tuned_recipes(setups: Mapping[str, ViewSetup]) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for view, setup in setups.items():
-        weights, program = identify(setup.body, setup.taps, setup.size)
-        tuned = replace(setup, weights=weights, program=program)
+        tuned = replace(setup, identities=identify(setup.body, setup.taps, setup.size))
         recipe = tuned.recipe(engine="torch", precision="fp32", storage_dtype="float32")
-        found[view] = {**recipe.to_json(), "digest": recipe.digest}
+        found[view] = {"digest": recipe.digest, "recipe": recipe.to_json()}
     return found
 
 

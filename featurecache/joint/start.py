@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.bodies.registry import FACTORY, trusted_factories
 from featurecache.config import (
     BodyConfig,
     ExtractConfig,
@@ -20,7 +19,6 @@ from featurecache.config import (
     Settings,
     Tap,
     TargetConfig,
-    for_view,
 )
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.splits import read_splits
@@ -29,11 +27,11 @@ from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.features import Block
 from featurecache.heads.base import read_record as read_head_record
 from featurecache.heads.fc import FCHead
+from featurecache.recorded import check_bodies, read_recipe, recipe_differences
 from featurecache.run import Run, load_run
 from featurecache.viewsetup import ViewSetup, set_up_view
 
 NO_STORE = Path("-")  # set_up_view takes the configuration of stage one, whose store is of no concern here
-SAME_FIELDS = ("reader", "preprocessing", "body")  # of a recipe; engine, precision and storage may differ
 
 
 @dataclass(frozen=True)
@@ -163,8 +161,8 @@ def _completed(config: JointConfig, run: Run) -> JointConfig:
         "target_config": TargetConfig,
     }
     for name, part in parts.items():
-        recorded = run.record.get(name)
-        if not isinstance(recorded, dict):
+        recorded = run.body_config if name == "body_config" else run.record.get(name)
+        if not isinstance(recorded, dict) or not recorded:
             raise RunError(f"{run.path}: run.json holds no {name}, so the bodies can't be set up as the head knew them")
         given = _given(config, {key: JointConfig.model_fields[key] for key in part.model_fields if key != "manifest"})
         known = {key: value for key, value in recorded.items() if key in part.model_fields and key != "manifest"}
@@ -177,13 +175,7 @@ def _completed(config: JointConfig, run: Run) -> JointConfig:
     values["trust_factory"] = tuple(config.trust_factory)
     merged = JointConfig.create({**config.model_dump(), **values}, source=str(run.path))
     typed = set(config.body.values()) if config.body != JointConfig.model_fields["body"].get_default() else set()
-    for view in run.views:
-        name = for_view(merged.body, view, "")
-        if FACTORY.fullmatch(name) and name not in typed | trusted_factories(config.trust_factory):
-            raise InputError(
-                f"{run.path}: names the factory {name!r} as its body. Nothing was imported. If you know and trust that "
-                f"code, repeat its name: --trust-factory {name}"
-            )
+    check_bodies(run, merged.model_dump(), typed)
     missing = [view for view in run.views if merged.views and view not in merged.views]
     if missing or (merged.views and set(merged.views) != set(run.views)):
         raise InputError(
@@ -202,7 +194,8 @@ def _taps(run: Run, head: FCHead) -> dict[str, tuple[Tap, ...]]:
     """Per view the taps that the head takes, in its order."""
     found: dict[str, list[Tap]] = {}
     for block in head.blocks_:
-        entries = {entry["name"]: entry for entry in run.recipes.get(block.view, {}).get("taps", [])}
+        recipe = run.recipes.get(block.view, {}).get("recipe", {})
+        entries = {entry["name"]: entry for entry in recipe.get("taps", [])}
         if block.tap not in entries:
             raise RunError(f"{run.path}: run.json has no recipe of tap {block.tap!r} of view {block.view!r}")
         entry = entries[block.tap]
@@ -230,16 +223,10 @@ def _splits_of(run: Run, manifest: Manifest) -> NDArray[Any]:
 
 def _check_recipe(run: Run, view: str, setup: ViewSetup) -> None:
     """Refuse a body that would give other features than those that the head was fitted on."""
-    recorded = run.recipes[view]
-    here = setup.recipe(engine="torch", precision="fp32", storage_dtype="float32").to_json()
-    differing = [
-        f"{field}.{key}: {(recorded.get(field) or {}).get(key)!r} then, {here[field].get(key)!r} now"
-        for field in SAME_FIELDS
-        for key in sorted({*(recorded.get(field) or {}), *here[field]})
-        if (recorded.get(field) or {}).get(key) != here[field].get(key)
-    ]
-    if differing:
+    here = setup.recipe(engine="torch", precision="fp32", storage_dtype="float32")
+    serious, _ = recipe_differences(read_recipe(run.recipes[view]), here)
+    if serious:
         raise RecipeMismatchError(
-            f"{run.path}: view {view!r} would start from another body than the head was fitted on: "
-            f"{'; '.join(differing)}. Give the same body, weights and preprocessing, or fit the head anew."
+            f"{run.path}: view {view!r} would start from another body than the head was fitted on (then -> now): "
+            f"{serious}. Give the same body, weights and preprocessing, or fit the head anew."
         )

@@ -58,10 +58,9 @@ def _card(title: str, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
         decided = f"{shown} (rule {escape(threshold['rule'])}, chosen on {escape(threshold['chosen_on'])})"
     views = []
     for view, recipe in record["recipes"].items():
-        body = recipe.get("body")
-        shown = body.get("architecture", "") if isinstance(body, Mapping) else body
-        taps = ", ".join(tap_text(tap) for tap in recipe.get("taps") or ())
-        views.append([escape(view), escape(shown or ""), escape(taps), f"`{str(recipe.get('digest', ''))[:16]}`"])
+        shown = str(recipe["recipe"]["body"]["architecture"])
+        taps = ", ".join(tap_text(tap) for tap in recipe["recipe"]["taps"])
+        views.append([escape(view), escape(shown), escape(taps), f"`{recipe['digest'][:16]}`"])
     split = splits[0] if splits else ""
     about = "\n".join(
         f"- **{name}**: {MISSING}"

@@ -254,17 +254,14 @@ def _thresholds(threshold: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _recipe(view: str, recipe: Mapping[str, Any]) -> dict[str, str]:
     """One view's recipe in the words of a person; the whole of it stands in the details."""
-    fields: Mapping[str, Any] = recipe.get("fields") or recipe
-    given = recipe.get("body")
-    body = (given.get("architecture") if isinstance(given, Mapping) else given) or (fields.get("body") or {})
-    steps = fields.get("preprocessing") or {}
-    reader = fields.get("reader") or {}
+    fields: Mapping[str, Any] = recipe["recipe"]
+    steps = fields["preprocessing"]
     return {
         "view": view,
-        "body": body if isinstance(body, str) else str(body.get("architecture", "")),
-        "tap": ", ".join(tap_text(tap) for tap in recipe.get("taps") or ()),
-        "input": input_text(steps, fields.get("channels", 3)),
-        "reader": str(reader.get("name", "") if isinstance(reader, Mapping) else reader),
+        "body": str(fields["body"]["architecture"]),
+        "tap": ", ".join(tap_text(tap) for tap in fields["taps"]),
+        "input": input_text(steps, fields["reader"].get("parameters", {}).get("channels", 3)),
+        "reader": str(fields["reader"]["name"]),
         "computed": " ".join(str(fields[n]) for n in ("engine", "precision", "storage_dtype") if fields.get(n)),
         "digest": str(recipe.get("digest", ""))[:16],
     }

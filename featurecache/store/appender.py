@@ -16,7 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 from featurecache.errors import InputError, StoreError
 from featurecache.store.chunks import ChunkReader
 from featurecache.store.files import move, publish, step, storage_errors, sync_directory, trash, write_file
-from featurecache.store.format import KEY, REPLICA, ArraySpec, ChunkRecord, StorePaths, grown, root_document, to_bytes
+from featurecache.store.format import (
+    KEY,
+    REPLICA,
+    ArraySpec,
+    ChunkRecord,
+    StorePaths,
+    agrees,
+    grown,
+    root_document,
+    to_bytes,
+)
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.recipe import KEY_BYTES
 
@@ -298,7 +308,7 @@ def array_capacity(paths: StorePaths, stored: StoredRecipe, spec: ArraySpec) -> 
     try:
         found = json.loads(path.read_bytes())
         capacity = int(found["shape"][0]) // spec.rows
-        if found == spec.document(capacity):
+        if agrees(found, spec.document(capacity)):
             return capacity
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         pass
@@ -336,4 +346,5 @@ def clear_leftovers(index: Index, paths: StorePaths, stored: StoredRecipe) -> li
 def publish_generation(index: Index, paths: StorePaths) -> None:
     """Write the index's generation into features.zarr, always after the index: one that is behind is an old copy."""
     meta = index.meta()
-    publish(paths.incoming, paths.zarr / "zarr.json", to_bytes(root_document(meta.uuid, meta.generation)))
+    document = root_document(meta.uuid, meta.generation, meta.required_features)
+    publish(paths.incoming, paths.zarr / "zarr.json", to_bytes(document))

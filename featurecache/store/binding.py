@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import decimal
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +25,11 @@ from featurecache.store.records import load_failures
 from featurecache.store.schema import next_generation
 
 STATES = ("done", "absent", "failed", "pending")
+STORED = (
+    "name", "manifest_path", "manifest_digest", "digest", "multi", "config", "recipes",
+    "samples", "cells", "keys", "owners", "ids",
+)  # fmt: skip
+"""The columns of a stored binding, in the order in which its `sha256` covers them."""
 CELL_SCHEMA: Mapping[str, pl.DataType] = {
     "sample": pl.UInt32(),
     "view": pl.String(),
@@ -98,8 +106,17 @@ class Binding:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, hex, over table, cells (without their states, which progress changes) and recipes."""
-        sha256 = hashlib.sha256(canonical_json({"binding": 1, "multi": self.multi, "recipes": self.recipes}))
+        """SHA-256, hex, over what the dataset is: `multi`, recipes, table, and the cells with their keys.
+
+        Progress as such is not in it: a cell of known content may be done, failed or pending. But the content of a cell
+        that wasn't read yet, or couldn't be, is unknown: its key is null, and the digest changes when it is found out.
+        So the digest is final once every cell's content is known, and a run on a dataset that was extracted in part
+        records another one than a run on the whole.
+
+        It depends on values, not on how polars spells or stores them. Once bound it is kept, and not computed anew.
+        """
+        sha256 = hashlib.sha256(b"binding/1\n")
+        sha256.update(canonical_json({"multi": self.multi, "recipes": self.recipes}))
         _hash_frame(sha256, self.table)
         _hash_frame(sha256, self.cells.select("sample", "view", "ordinal", "key", pl.col("state") == "absent"))
         return sha256.hexdigest()
@@ -155,24 +172,59 @@ def save_binding(index: Index, binding: Binding, *, replace: bool) -> None:
                 f"dataset {binding.name!r} of this store is bound to {found[0]}, now it would be "
                 f"{binding.manifest_path}. Give another --name, or --replace to bind it anew."
             )
-        connection.execute(
-            "INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                binding.name,
-                binding.manifest_path,
-                binding.manifest_digest,
-                binding.digest,
-                binding.multi,
-                json.dumps(binding.config, ensure_ascii=False),
-                json.dumps(binding.recipes, ensure_ascii=False),
-                _parquet(binding.table),
-                _parquet(binding.cells.drop("key")),
-                cell_keys(binding.cells)[0].tobytes(),
-                binding.cells["sample"].to_numpy().astype("<u4").tobytes(),
-                json.dumps(binding.table["sample_id"].to_list(), ensure_ascii=False),
-            ),
+        values = (
+            binding.name,
+            binding.manifest_path,
+            binding.manifest_digest,
+            binding.digest,
+            binding.multi,
+            json.dumps(binding.config, ensure_ascii=False),
+            json.dumps(binding.recipes, ensure_ascii=False),
+            _parquet(binding.table),
+            _parquet(binding.cells.drop("key")),
+            cell_keys(binding.cells)[0].tobytes(),
+            binding.cells["sample"].to_numpy().astype("<u4").tobytes(),
+            json.dumps(binding.table["sample_id"].to_list(), ensure_ascii=False),
         )
+        insert_bindings(connection, [values])
         next_generation(connection)
+
+
+def insert_bindings(connection: sqlite3.Connection, stored: Iterable[Sequence[str | bytes]]) -> None:
+    """Put bindings, as the columns of STORED, into an index, in the place of those of the same names."""
+    columns, marks = ", ".join((*STORED, "sha256")), ", ".join("?" * (len(STORED) + 1))
+    connection.executemany(
+        f"INSERT OR REPLACE INTO bindings ({columns}) VALUES ({marks})",
+        ((*values, _checksum(values)) for values in stored),
+    )
+
+
+def _checksum(values: Iterable[str | bytes]) -> bytes:
+    """SHA-256 of a stored binding: each column's length in bytes (uint64, little-endian) and its bytes, as UTF-8."""
+    sha256 = hashlib.sha256()
+    for value in values:
+        blob = value.encode("utf-8") if isinstance(value, str) else value
+        sha256.update(len(blob).to_bytes(8, "little"))
+        sha256.update(blob)
+    return sha256.digest()
+
+
+def stored_binding(index: Index, name: str) -> tuple[Any, ...] | None:
+    """The columns of STORED of a binding, checked; None where there is none of this name.
+
+    Raises:
+        CorruptionError: they are not what was stored.
+    """
+    with index.reading() as connection:
+        found = connection.execute(f"SELECT {', '.join(STORED)}, sha256 FROM bindings WHERE name = ?", (name,))
+        row = found.fetchone()
+    if row is not None and _checksum(row[:-1]) != row[-1]:
+        raise CorruptionError(_remedy(index, name, row[1], "is damaged"))
+    return None if row is None else tuple(row[:-1])
+
+
+def _remedy(index: Index, name: str, path: str, what: str) -> str:
+    return f"{index.paths.index}: dataset {name!r} {what}. Run extract on {path} again; no feature is recomputed."
 
 
 def binding_names(index: Index) -> list[str]:
@@ -188,15 +240,12 @@ def load_binding(index: Index, name: str) -> Binding:
         InputError: there is none; names the nearest.
         CorruptionError: its bytes in the index are damaged.
     """
-    columns = "manifest_path, manifest_digest, digest, multi, config, recipes, samples, cells, keys"
-    with index.reading() as connection:
-        found = connection.execute(f"SELECT {columns} FROM bindings WHERE name = ?", (name,)).fetchone()
+    found = stored_binding(index, name)
     if found is None:
         names = binding_names(index)
         known = f"Known: {', '.join(names)}." if names else "There are no datasets yet."
         raise InputError(f"{index.paths.root}: no dataset {name!r}.{did_you_mean(name, names)} {known}")
-    path, manifest_digest, digest, multi, config, recipes, samples, cells, keys = found
-    remedy = f"{index.paths.index}: dataset {name!r} is damaged. Run extract on {path} again; no feature is recomputed."
+    _, path, manifest_digest, digest, multi, config, recipes, samples, cells, keys, _, _ = found
     try:
         blobs = [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
         cell_key = pl.Series("key", [blob if any(blob) else None for blob in blobs], dtype=pl.Binary)
@@ -211,9 +260,8 @@ def load_binding(index: Index, name: str) -> Binding:
             pl.read_parquet(io.BytesIO(cells)).insert_column(3, cell_key),
         )
     except (pl.exceptions.PolarsError, ValueError, OSError) as error:
-        raise CorruptionError(f"{remedy} ({error})") from error
-    if binding.digest != digest:
-        raise CorruptionError(remedy)
+        raise CorruptionError(f"{_remedy(index, name, path, 'can not be read')} ({error})") from error
+    vars(binding)["digest"] = digest  # as it was when bound, whatever this polars makes of the table
     return binding
 
 
@@ -224,22 +272,67 @@ def _parquet(frame: pl.DataFrame) -> bytes:
 
 
 def _hash_frame(sha256: Any, frame: pl.DataFrame) -> None:
-    """Feed the logical content of a table to a hash: independent of Parquet and of polars' memory layout."""
+    """Feed the content of a table to a hash: per column its name, our name of its type, which are null, the values.
+
+    int is int64 and float is float64 (one NaN, little-endian), bool a byte; text, binary and everything else, as the
+    text that `_text` gives it, are their lengths (uint64) and then their bytes. A null counts as 0 or is left out.
+    """
     for series in frame.get_columns():
-        sha256.update(canonical_json([series.name, str(series.dtype), len(series)]))
+        kind, values = _column(series)
+        sha256.update(canonical_json([series.name, kind, len(series)]))
         sha256.update(np.packbits(series.is_null().to_numpy()).tobytes())
-        if series.dtype == pl.Boolean or (series.dtype.is_numeric() and not series.dtype.is_decimal()):
-            values = series.cast(pl.UInt8) if series.dtype == pl.Boolean else series
-            array = values.fill_null(0).to_numpy()
-            sha256.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        if isinstance(values, np.ndarray):
+            sha256.update(values.tobytes())
             continue
-        texts = [
-            value if isinstance(value, bytes) else str(value).encode("utf-8")
-            for value in series.to_list()
-            if value is not None
-        ]
-        sha256.update(np.array([len(text) for text in texts], "<u8").tobytes())
-        sha256.update(b"".join(texts))
+        blobs = [value if isinstance(value, bytes) else value.encode("utf-8") for value in values]
+        sha256.update(np.array([len(blob) for blob in blobs], "<u8").tobytes())
+        sha256.update(b"".join(blobs))
+
+
+def _column(series: pl.Series) -> tuple[str, NDArray[Any] | list[Any]]:
+    """Our name of a column's type, and its values: an array with 0 for null, or a list without the nulls."""
+    dtype = series.dtype
+    if dtype == pl.Boolean:
+        return "bool", series.fill_null(False).cast(pl.UInt8).to_numpy()
+    if dtype.is_integer():
+        try:
+            return "int", series.cast(pl.Int64).fill_null(0).to_numpy().astype("<i8")
+        except pl.exceptions.PolarsError:  # beyond 64 bits
+            return "text", [str(value) for value in series.drop_nulls().to_list()]
+    if dtype.is_float():
+        numbers = series.cast(pl.Float64).fill_null(0.0).to_numpy().astype("<f8")
+        return "float", np.where(np.isnan(numbers), np.float64("nan"), numbers).astype("<f8")
+    if dtype == pl.Binary:
+        return "binary", series.drop_nulls().to_list()
+    if isinstance(dtype, pl.Datetime | pl.Duration):  # as Python objects they would lose nanoseconds
+        scale = {"ms": 10**6, "us": 10**3}.get(dtype.time_unit or "us", 1)
+        ticks = series.drop_nulls().cast(pl.Int64).to_list()
+        return "text", [f"{tick * scale} ns" for tick in ticks]
+    if isinstance(dtype, pl.Categorical | pl.Enum):
+        series = series.cast(pl.String)
+    return "text", [_text(value) for value in series.drop_nulls().to_list()]
+
+
+def _text(value: Any) -> str:
+    """The one spelling of a value of a rare type: dates and times after ISO 8601, decimals in full, lists as JSON."""
+    plain = _plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | pl.Series):
+        return [_plain(item) for item in value]
+    if isinstance(value, dt.date | dt.time):
+        return value.isoformat()
+    if isinstance(value, dt.timedelta):
+        return f"{value // dt.timedelta(microseconds=1) * 1000} ns"
+    if isinstance(value, decimal.Decimal):
+        return format(value, "f")
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def samples_with(index: Index, keys: set[bytes]) -> list[str]:
@@ -267,14 +360,25 @@ def name_samples(index: Index, keys: set[bytes], shown: int = 10) -> str:
     return f"{what} {', '.join(names[:shown])}{more}" if names else "no samples"
 
 
-def resolve_cells(index: Index, number: int, binding: Binding, view: str) -> ResolvedView:
-    """Find the rows of the cells of one view in a recipe, and with them the cells' states now."""
+def resolve_cells(index: Index, number: int, binding: Binding, view: str, *, own: bool) -> ResolvedView:
+    """Find the rows of the cells of one view in a recipe, and with them the cells' states now.
+
+    Args:
+        index: of the binding's store.
+        number: of the recipe.
+        binding: the dataset.
+        view: one of its views.
+        own: whether this is the recipe that the view is bound to. In another one a cell that failed is pending, unless
+            its content is unknown or that recipe remembers a failure of its own.
+    """
     cells = binding.cells.filter(binding.cells["view"] == view)
     keys, known = cell_keys(cells)
     rows = np.full(cells.height, -1, np.int64)
     rows[known] = index.lookup(number, keys[known], np.zeros(int(known.sum()), np.int32))
     state = np.array(cells["state"].to_list(), dtype="U7")
     state[state == "done"] = "pending"  # done when bound, but the row was dropped since, or the recipe is another one
+    if not own:
+        state[(state == "failed") & known] = "pending"
     failed = load_failures(index, number)
     if failed:
         state[(state == "pending") & np.array([key in failed for key in cells["key"].to_list()], np.bool_)] = "failed"

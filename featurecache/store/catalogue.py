@@ -152,7 +152,10 @@ def summary(index: Index) -> dict[str, Any]:
 def _dataset(index: Index, name: str) -> dict[str, Any]:
     binding = load_binding(index, name)
     views = {
-        view: {"recipe": recipe, **resolve_cells(index, by_name(index, recipe).number, binding, view).counts()}
+        view: {
+            "recipe": recipe,
+            **resolve_cells(index, by_name(index, recipe).number, binding, view, own=True).counts(),
+        }
         for view, recipe in binding.recipes.items()
     }
     return {

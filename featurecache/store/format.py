@@ -20,6 +20,8 @@ from featurecache.errors import CorruptionError, InputError, did_you_mean
 from featurecache.store.recipe import KEY_BYTES, Recipe
 
 FORMAT = 1
+FEATURES: frozenset[str] = frozenset()
+"""The known additions to format 1 that a store may require; an attribute it doesn't know is ignored."""
 CHUNK_BYTES = 8 * 2**20
 LARGEST_CHUNK_ROWS = 4096
 FIRST_CAPACITY = 4  # chunks that a new array's shape has room for; the shape then doubles
@@ -277,10 +279,36 @@ class Layout:
         return cls(taps, values["dtype"], values["codec"], int(values["rows_per_chunk"]), bool(values["replicas"]))
 
 
-def root_document(uuid: str, generation: int) -> dict[str, Any]:
+def root_document(uuid: str, generation: int, required_features: Iterable[str]) -> dict[str, Any]:
     """zarr.json of features.zarr."""
-    attributes = {"software": "featurecache", "format": FORMAT, "uuid": uuid, "generation": generation}
+    attributes = {
+        "software": "featurecache",
+        "format": FORMAT,
+        "required_features": list(required_features),
+        "uuid": uuid,
+        "generation": generation,
+    }
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def feature_list(value: Any) -> tuple[str, ...]:
+    """The names in a list of required features.
+
+    Raises:
+        ValueError: it is no list of names.
+    """
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"required_features is {value!r}, which is no list of names")
+    return tuple(value)
+
+
+def agrees(found: Any, expected: Mapping[str, Any]) -> bool:
+    """Whether a zarr.json holds what is expected; attributes that a newer version added don't count."""
+    plain = json.loads(json.dumps(expected))  # so that tuples and whole floats compare as they are read
+    if not isinstance(found, dict) or not isinstance(found.get("attributes"), dict):
+        return False
+    known = {name: value for name, value in found["attributes"].items() if name in plain["attributes"]}
+    return bool({**found, "attributes": known} == plain)
 
 
 def group_document(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from featurecache.errors import CorruptionError, StoreError
 from featurecache.store.files import step
-from featurecache.store.format import ChunkRecord, Layout, StorePaths
+from featurecache.store.format import ChunkRecord, Layout, StorePaths, feature_list
 from featurecache.store.recipe import KEY_BYTES, Recipe
 from featurecache.store.schema import next_generation, no_collections, sqlite_errors
 
@@ -37,11 +37,12 @@ _inherited: list[sqlite3.Connection] = []
 
 
 class Meta(NamedTuple):
-    """What the index says of the store."""
+    """What the index says of the store, or the root of features.zarr does."""
 
     format: int
     uuid: str
     generation: int
+    required_features: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,17 @@ class Index:
     # ---- the store and its recipes -----------------------------------------------------------------------------------
 
     def meta(self) -> Meta:
-        """Format, UUID and generation."""
+        """Format, UUID, generation and required features; what else a newer version noted is left alone.
+
+        Raises:
+            CorruptionError: one of them is missing or damaged.
+        """
         with self.reading() as connection:
             values = dict(connection.execute("SELECT name, value FROM meta").fetchall())
         try:
-            return Meta(int(values["format"]), str(values["uuid"]), int(values["generation"]))
-        except (KeyError, ValueError) as error:
+            features = feature_list(json.loads(values["required_features"]))
+            return Meta(int(values["format"]), str(values["uuid"]), int(values["generation"]), features)
+        except (KeyError, TypeError, ValueError) as error:
             raise CorruptionError(f"{self.paths.index}: damaged: no {error} in it") from None
 
     def recipes(self) -> list[StoredRecipe]:
@@ -324,7 +330,7 @@ class Index:
             )
             if stored.partial is not None:
                 connection.execute("DELETE FROM chunks WHERE recipe = ? AND chunk = ?", (number, stored.partial))
-                connection.execute("INSERT INTO superseded VALUES (?, ?)", (number, stored.partial))
+                connection.execute("INSERT INTO superseded (recipe, chunk) VALUES (?, ?)", (number, stored.partial))
             connection.executemany(
                 "INSERT INTO rows (recipe, row, key, replica, slot) VALUES (?, ?, ?, ?, ?)",
                 ((number, stored.next_row + i, *row) for i, row in enumerate(added)),
@@ -334,7 +340,7 @@ class Index:
                     "DELETE FROM failures WHERE recipe = ? AND key = ?", ((number, row[0]) for row in added)
                 )
             connection.executemany(
-                "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO chunks (recipe, chunk, array, size, crc32c, sha256) VALUES (?, ?, ?, ?, ?, ?)",
                 ((number, chunk, name, *record) for name, record in records.items()),
             )
             connection.execute(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import uuid as uuids
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from featurecache.errors import CorruptionError, InputError, MissingFileError, StoreError
 from featurecache.store.files import move, publish, step, sync_directory, trash, write_file
 from featurecache.store.format import (
+    FEATURES,
     FIRST_CAPACITY,
     FORMAT,
     Layout,
     StorePaths,
+    feature_list,
     group_document,
     root_document,
     to_bytes,
@@ -80,7 +82,7 @@ def create(paths: StorePaths) -> None:
     paths.incoming.mkdir(exist_ok=True)
     paths.zarr.mkdir(exist_ok=True)
     identity = str(uuids.uuid4())
-    publish(paths.incoming, paths.zarr / "zarr.json", to_bytes(root_document(identity, 0)))
+    publish(paths.incoming, paths.zarr / "zarr.json", to_bytes(root_document(identity, 0, ())))
     sync_directory(paths.root)
     step("root-written")
     create_index(paths, identity, paths.incoming / "index.sqlite")
@@ -89,28 +91,43 @@ def create(paths: StorePaths) -> None:
 
 
 def read_root(paths: StorePaths) -> Meta:
-    """The attributes of features.zarr: format, uuid, generation.
+    """The attributes of features.zarr: format, required features, uuid, generation; others are ignored.
 
     Raises:
         CorruptionError: zarr.json is missing or damaged.
-        StoreError: it was written by a newer version.
+        NewerStoreError: it was written by a newer version.
     """
     path = paths.zarr / "zarr.json"
     try:
         attributes = json.loads(path.read_bytes())["attributes"]
-        found = Meta(int(attributes["format"]), str(attributes["uuid"]), int(attributes["generation"]))
+        format_ = int(attributes["format"])
+        features = feature_list(attributes["required_features"]) if format_ == FORMAT else ()
+        require_known(paths, format_, features)  # first: of a newer format no more is known
+        return Meta(format_, str(attributes["uuid"]), int(attributes["generation"]), features)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptionError(
             f"{path}: missing or damaged ({error}). `featurecache verify {paths.root} --repair` writes it anew."
         ) from None
-    _require_format(paths, found.format)
-    return found
 
 
-def _require_format(paths: StorePaths, found: int) -> None:
-    if found != FORMAT:
-        raise StoreError(
-            f"{paths.root}: a store of format {found}; this version reads format {FORMAT}. Update featurecache."
+class NewerStoreError(StoreError):
+    """The store was written by a newer version, in a way that this one would misread."""
+
+
+def require_known(paths: StorePaths, format_: int, features: Iterable[str]) -> None:
+    """Raise unless this version knows the format and everything that the store requires.
+
+    Raises:
+        NewerStoreError: it doesn't.
+    """
+    if format_ != FORMAT:
+        raise NewerStoreError(
+            f"{paths.root}: a store of format {format_}; this version reads format {FORMAT}. Update featurecache."
+        )
+    if unknown := sorted(set(features) - FEATURES):
+        raise NewerStoreError(
+            f"{paths.root}: a store of a newer featurecache: it requires {', '.join(map(repr, unknown))}, which this "
+            "version doesn't know. Update featurecache."
         )
 
 
@@ -118,11 +135,11 @@ def check_identity(index: Index, paths: StorePaths) -> None:
     """Make sure that index and features belong together and that the index is not an older copy.
 
     Raises:
-        StoreError: they don't; says what to do. Nothing was changed.
+        StoreError: they don't, or a newer version wrote them; says what to do. Nothing was changed.
     """
     root = read_root(paths)  # before the index: its generation is written after that of the index
     meta = index.meta()
-    _require_format(paths, meta.format)
+    require_known(paths, meta.format, meta.required_features)
     if meta.uuid != root.uuid:
         raise StoreError(
             f"{paths.root}: features.zarr and index.sqlite are of different stores "

@@ -17,7 +17,7 @@ import numpy as np
 
 from featurecache.errors import CorruptionError, FeatureCacheError, MissingFileError
 from featurecache.store.appender import publish_generation
-from featurecache.store.binding import binding_names, load_binding
+from featurecache.store.binding import binding_names, insert_bindings, stored_binding
 from featurecache.store.files import move, publish, sync_directory, trash
 from featurecache.store.format import (
     KEY,
@@ -33,7 +33,7 @@ from featurecache.store.format import (
 )
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.lock import WriterLock
-from featurecache.store.opening import read_root
+from featurecache.store.opening import NewerStoreError, read_root, require_known
 from featurecache.store.recipe import Recipe
 from featurecache.store.schema import build_index, sqlite_errors
 from featurecache.store.verify import VerifyReport, metadata_problems
@@ -114,7 +114,7 @@ class _Salvage:
     generation: int = 0
     recipes: dict[str, StoredRecipe] = field(default_factory=dict)
     records: dict[str, dict[tuple[int, str], ChunkRecord]] = field(default_factory=dict)
-    tables: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    bindings: list[tuple[Any, ...]] | None = None
     failures: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
@@ -128,6 +128,7 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
     Raises:
         MissingFileError: there are no features at `path`.
         LockedError: another process is writing.
+        StoreError: a newer version wrote the store.
     """
     paths = StorePaths(Path(path))
     if not paths.zarr.is_dir():
@@ -149,10 +150,7 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
             connection.execute("UPDATE meta SET value = ? WHERE name = 'generation'", (generation + 1,))
             for directory in sorted(path for path in paths.zarr.iterdir() if path.is_dir()):
                 _adopt_group(connection, paths, directory.name, old, report)
-            for table, rows in old.tables.items():
-                for row in rows:
-                    marks = ", ".join("?" * len(row))
-                    connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)
+            insert_bindings(connection, old.bindings or ())
             connection.execute("COMMIT")
         # The log belongs to the old file and must never be applied to the new one.
         for name in ("index.sqlite-wal", "index.sqlite-shm", "index.sqlite"):
@@ -169,7 +167,7 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
         finally:
             index.close()
     report.notes += [f"the old index could not be read: {what}" for what in old.lost]
-    if "bindings" not in old.tables:
+    if old.bindings is None:
         report.notes.append("datasets were lost; extract with the same manifest binds them again and computes nothing")
     return report
 
@@ -179,18 +177,10 @@ def _salvage(paths: StorePaths) -> _Salvage:
     if not paths.index.is_file():
         return old
     index = Index(paths, write=False)
-
-    def bindings() -> list[tuple[Any, ...]]:
-        sound = set()
-        for name in binding_names(index):
-            with contextlib.suppress(FeatureCacheError):
-                sound.add(load_binding(index, name).name)
-        with index.reading() as connection:
-            return [row for row in connection.execute("SELECT * FROM bindings") if row[0] in sound]
-
     try:
         try:
             meta = index.meta()
+            require_known(paths, meta.format, meta.required_features)
             old.uuid, old.generation = meta.uuid, meta.generation
             for stored in index.recipes():
                 old.recipes[stored.recipe.id] = stored
@@ -198,10 +188,16 @@ def _salvage(paths: StorePaths) -> _Salvage:
                 with index.reading() as connection:
                     query = "SELECT key, reader, message FROM failures WHERE recipe = ?"
                     old.failures[stored.recipe.id] = connection.execute(query, (stored.number,)).fetchall()
+        except NewerStoreError:
+            raise
         except FeatureCacheError as error:
             old.lost.append(str(error))
         try:
-            old.tables["bindings"] = bindings()
+            names, sound = binding_names(index), []
+            for name in names:
+                with contextlib.suppress(CorruptionError):
+                    sound.append(stored_binding(index, name))
+            old.bindings = [row for row in sound if row is not None]
         except FeatureCacheError as error:
             old.lost.append(str(error))
     finally:
@@ -247,7 +243,7 @@ def _adopt_group(
         ((number, row, key, replica, slot) for row, (slot, key, replica) in enumerate(ordered)),
     )
     connection.executemany(
-        "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO chunks (recipe, chunk, array, size, crc32c, sha256) VALUES (?, ?, ?, ?, ?, ?)",
         ((number, chunk, array, *record) for chunk in sorted(occupied) for array, record in sound[chunk].items()),
     )
     last = max(occupied, default=-1)
@@ -257,7 +253,8 @@ def _adopt_group(
         (len(rows), max(numbers, default=-1) + 1, last if 0 < in_last < n else None, number),
     )
     connection.executemany(
-        "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", ((number, *row) for row in old.failures.get(name, ()))
+        "INSERT OR REPLACE INTO failures (recipe, key, reader, message) VALUES (?, ?, ?, ?)",
+        ((number, *row) for row in old.failures.get(name, ())),
     )
     report.kept += len(rows)
 

@@ -117,9 +117,10 @@ class Recipe:
     """Everything that one view's features depend on but the content.
 
     Attributes:
-        fields: JSON values: reader, preprocessing, channels, body, engine, precision, fold, storage_dtype, ... Where
-            there is a field `augmentation`, rows are told apart by key and replica.
-        taps: one JSON object a tap; `name` (`penultimate@none`) is its array in the store.
+        fields: JSON values: reader, preprocessing, body, engine, precision, storage_dtype, ... Where there is a field
+            `augmentation`, rows are told apart by key and replica.
+        taps: one JSON object a tap; `name` (`penultimate@none`) is its array in the store. All that only this tap
+            depends on is in it: the digests of the weights and of the program, too.
     """
 
     fields: Mapping[str, Any]

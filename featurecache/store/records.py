@@ -84,7 +84,8 @@ def save_payloads(index: Index, records: Iterable[StatRecord]) -> None:
     """Remember files as hashed, in the place of what was known of these paths."""
     with index.writing() as connection:
         connection.executemany(
-            "INSERT OR REPLACE INTO payloads VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO payloads (path, size, mtime_ns, ctime_ns, inode, recorded_ns, sha256) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             ((_stored(record.path), *record[1:]) for record in records),
         )
 
@@ -100,7 +101,7 @@ def save_failures(index: Index, number: int, failures: Iterable[tuple[bytes, str
     """Remember (key, reader with version, message); a later row for the key removes it."""
     with index.writing() as connection:
         connection.executemany(
-            "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO failures (recipe, key, reader, message) VALUES (?, ?, ?, ?)",
             ((number, bytes(key), *rest) for key, *rest in failures),
         )
 

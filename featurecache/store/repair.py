@@ -8,12 +8,7 @@ from pathlib import Path
 
 from featurecache.errors import CorruptionError, StoreError
 from featurecache.store.appender import publish_generation
-from featurecache.store.files import publish
-from featurecache.store.format import (
-    StorePaths,
-    root_document,
-    to_bytes,
-)
+from featurecache.store.format import StorePaths
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.opening import check_identity, read_root, require_store
 from featurecache.store.rebuild import RepairReport, locked, trash_chunks, write_metadata
@@ -55,8 +50,7 @@ def _repair(index: Index, paths: StorePaths) -> RepairReport:
         )
     report = RepairReport(paths.root, found)
     if root_damaged:
-        meta = index.meta()
-        publish(paths.incoming, paths.zarr / "zarr.json", to_bytes(root_document(meta.uuid, meta.generation)))
+        publish_generation(index, paths)
         report.rewritten.append(str(paths.zarr / "zarr.json"))
     check_identity(index, paths)
     for stored in index.recipes():

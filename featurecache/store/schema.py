@@ -42,7 +42,8 @@ CREATE TABLE bindings (
     name TEXT PRIMARY KEY, manifest_path TEXT NOT NULL, manifest_digest TEXT NOT NULL, digest TEXT NOT NULL,
     multi TEXT NOT NULL, config TEXT NOT NULL, recipes TEXT NOT NULL,
     samples BLOB NOT NULL, cells BLOB NOT NULL, -- Parquet; the cells without their keys
-    keys BLOB NOT NULL, owners BLOB NOT NULL, ids TEXT NOT NULL -- 32 bytes, a uint32 a cell; JSON list of sample ids
+    keys BLOB NOT NULL, owners BLOB NOT NULL, ids TEXT NOT NULL, -- 32 bytes, a uint32 a cell; JSON list of sample ids
+    sha256 BLOB NOT NULL -- of the other columns: each one's length as a uint64 and its bytes
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -60,8 +61,8 @@ def build_index(path: Path, uuid: str) -> None:
     with sqlite_errors(path), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous=FULL")
         connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-        values = [("format", FORMAT), ("uuid", uuid), ("generation", 0)]
-        connection.executemany("INSERT INTO meta VALUES (?, ?)", values)
+        values = [("format", FORMAT), ("required_features", "[]"), ("uuid", uuid), ("generation", 0)]
+        connection.executemany("INSERT INTO meta (name, value) VALUES (?, ?)", values)
 
 
 def next_generation(connection: sqlite3.Connection) -> None:

@@ -60,7 +60,7 @@ class FeatureStore:
 
     @classmethod
     def create_or_open(cls, path: str | os.PathLike[str], *, write: bool) -> FeatureStore:
-        """The same as the constructor."""
+        """The same as the constructor, under a name that tells a reader that `write=True` may make a new store."""
         return cls(path, write=write)
 
     def _reset(self) -> None:
@@ -356,6 +356,8 @@ class FeatureStore:
         """The cells of a view and the rows that hold their features now; kept while the generation stays the same.
 
         A cell is done where its key has a row, whatever it was when bound; one that was done and has no row is pending.
+        In another recipe than the view's own, a cell that failed is pending, unless it failed there as well or its
+        content is unknown.
 
         Args:
             binding: of this store.
@@ -368,7 +370,8 @@ class FeatureStore:
         generation, name = index.meta().generation, (binding.digest, view, stored.recipe.id)
         cached = self._resolved.get(name)
         if cached is None or cached[0] != generation:
-            resolved = bindings.resolve_cells(index, stored.number, binding, view)
+            own = stored.recipe.digest.startswith(binding.recipes[view].lower())
+            resolved = bindings.resolve_cells(index, stored.number, binding, view, own=own)
             self._resolved[name] = cached = (generation, resolved)
         return cached[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,12 +21,15 @@ from featurecache.store.format import (
     ArraySpec,
     ChunkRecord,
     StorePaths,
+    agrees,
     group_document,
     inspect_chunk,
 )
 from featurecache.store.index import Index, StoredRecipe
-from featurecache.store.opening import check_identity, require_store
+from featurecache.store.opening import NewerStoreError, check_identity, require_store
 from featurecache.store.recipe import KEY_BYTES
+
+_PATIENCE, _PAUSE = 5, 0.1  # how often and for how many seconds a change of the metadata is waited for
 
 
 @dataclass(frozen=True)
@@ -96,31 +100,39 @@ def verify(path: str | os.PathLike[str]) -> VerifyReport:
 
 
 def check_store(index: Index, paths: StorePaths) -> VerifyReport:
-    """The same with an index that is open already."""
+    """The same with an index that is open already.
+
+    Another process may write meanwhile: what it commits after the check of a recipe began is not looked at, and what it
+    replaces is no problem, since the index is asked again before anything is reported.
+    """
     report = VerifyReport(paths.root)
     try:
         check_identity(index, paths)
+    except NewerStoreError:
+        raise  # what a newer version means by it can't be checked here
     except StoreError as error:
         kind = "metadata" if str(error).startswith(str(paths.zarr / "zarr.json")) else "index"
         report.problems.append(Problem(kind, str(error)))
     try:
         report.problems += _index_problems(index)
         stored = index.recipes()
+        names = binding_names(index)
     except FeatureCacheError as error:
         report.problems.append(Problem("index", str(error)))
         return report
     report.recipes = len(stored)
     for entry in stored:
-        report.problems += metadata_problems(paths, entry)
+        report.problems += _settled_metadata_problems(paths, entry)
         _check_recipe(index, paths, entry, report)
-    _check_strangers(paths, {entry.recipe.id for entry in stored}, report)
-    for name in binding_names(index):
+    _check_strangers(index, paths, report)
+    for name in names:
         try:
             binding = load_binding(index, name)
         except FeatureCacheError as error:
             report.problems.append(Problem("dataset", str(error)))
             continue
-        known = {entry.recipe.id for entry in stored} | {entry.recipe.digest for entry in stored}
+        recipes = [entry.recipe for entry in index.recipes()]  # after the binding: the recipe was added before it
+        known = {recipe.id for recipe in recipes} | {recipe.digest for recipe in recipes}
         for view, recipe in binding.recipes.items():
             if recipe not in known:
                 message = f"dataset {name!r}: view {view!r} has the recipe {recipe}, which is not in the store"
@@ -166,6 +178,17 @@ def metadata_problems(paths: StorePaths, stored: StoredRecipe) -> list[Problem]:
     return problems
 
 
+def _settled_metadata_problems(paths: StorePaths, stored: StoredRecipe) -> list[Problem]:
+    """The same, but a writer that is just enlarging the arrays, one after the other, is waited for."""
+    problems = metadata_problems(paths, stored)
+    for _ in range(_PATIENCE):
+        if not problems:
+            break
+        time.sleep(_PAUSE)
+        problems = metadata_problems(paths, stored)
+    return problems
+
+
 def _read_document(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
@@ -177,8 +200,7 @@ def _document_problem(path: Path, expected: Mapping[str, Any]) -> str:
     found = _read_document(path)
     if found is None:
         return f"{path}: missing or damaged"
-    # Through JSON, so that tuples and whole floats compare as they are read.
-    return "" if found == json.loads(json.dumps(expected)) else f"{path}: differs from what the index says"
+    return "" if agrees(found, expected) else f"{path}: differs from what the index says"
 
 
 # ---- rows and chunks -------------------------------------------------------------------------------------------------
@@ -186,30 +208,42 @@ def _document_problem(path: Path, expected: Mapping[str, Any]) -> str:
 
 def _check_recipe(index: Index, paths: StorePaths, stored: StoredRecipe, report: VerifyReport) -> None:
     arrays, name = stored.layout.arrays(), stored.recipe.id
-    records = index.chunks(stored.number)
     n = stored.layout.rows_per_chunk
-    slots = index.slots(stored.number)
+    with index.reading():  # all of one state
+        records, slots = index.chunks(stored.number), index.slots(stored.number)
+        next_chunk = next(entry.next_chunk for entry in index.recipes() if entry.number == stored.number)
     occupied = np.unique(slots[slots >= 0] // n)
     report.rows += int((slots >= 0).sum())
-    chunks = sorted({chunk for chunk, _ in records})
-    report.chunks += len(chunks)
+    by_chunk: dict[int, dict[tuple[int, str], ChunkRecord]] = {}
+    for at, record in records.items():
+        by_chunk.setdefault(at[0], {})[at] = record
+    chunks = sorted(by_chunk)
     for chunk in sorted(set(occupied.tolist()) - set(chunks)):
         samples = _samples(index, stored, chunk)
         report.problems.append(
             Problem("rows", f"recipe {name}: rows in chunk {chunk}, which no commit names", name, "", chunk, samples)
         )
-    if chunks and chunks[-1] >= stored.next_chunk:
-        message = f"recipe {name}: chunk {chunks[-1]} is beyond the next free one, {stored.next_chunk}"
+    if chunks and chunks[-1] >= next_chunk:
+        message = f"recipe {name}: chunk {chunks[-1]} is beyond the next free one, {next_chunk}"
         report.problems.append(Problem("index", message, name))
 
-    def examine(chunk: int) -> tuple[int, list[Problem]]:
-        return _check_chunk(index, paths, stored, arrays, chunk, records)
+    def examine(chunk: int) -> tuple[int, int, list[Problem]]:
+        known = by_chunk[chunk]
+        while known:
+            size, problems = _check_chunk(index, paths, stored, arrays, chunk, known)
+            # A writer changes the index before it takes a superseded file away, so that asking once more settles it.
+            now = index.chunks(stored.number, chunk) if problems else known
+            if now == known:
+                return 1, size, problems
+            known = now
+        return 0, 0, []
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for size, problems in pool.map(examine, chunks):
+        for counted, size, problems in pool.map(examine, chunks):
+            report.chunks += counted
             report.bytes += size
             report.problems += problems
-    _check_orphans(paths, stored, arrays, records, report)
+    _check_orphans(index, paths, stored, arrays, report)
 
 
 def _check_chunk(
@@ -288,26 +322,26 @@ def _samples(index: Index, stored: StoredRecipe, chunk: int) -> tuple[str, ...]:
 
 
 def _check_orphans(
-    paths: StorePaths,
-    stored: StoredRecipe,
-    arrays: Mapping[str, ArraySpec],
-    records: Mapping[tuple[int, str], ChunkRecord],
-    report: VerifyReport,
+    index: Index, paths: StorePaths, stored: StoredRecipe, arrays: Mapping[str, ArraySpec], report: VerifyReport
 ) -> None:
     for name, spec in arrays.items():
-        named = {spec.chunk_name(chunk) for chunk, array in records if array == name} | {"zarr.json"}
         directory = paths.array(stored.recipe.id, name)
-        for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-            if path.name not in named:
+        present = sorted(directory.iterdir()) if directory.is_dir() else []
+        records = index.chunks(stored.number)  # after the listing: of what was committed before, nothing is an orphan
+        named = {spec.chunk_name(chunk) for chunk, array in records if array == name} | {"zarr.json"}
+        for path in present:
+            if path.name not in named and path.exists():
                 what = "no commit names it; the next extract clears it away"
                 report.notes.append(f"{path}: {what if path.name.startswith('c.') else 'not a file of the store'}")
 
 
-def _check_strangers(paths: StorePaths, known: set[str], report: VerifyReport) -> None:
-    for path in sorted(paths.zarr.iterdir()):
+def _check_strangers(index: Index, paths: StorePaths, report: VerifyReport) -> None:
+    present = {path: path.is_dir() and any(path.glob("*/c.*")) for path in sorted(paths.zarr.iterdir())}
+    known = {entry.recipe.id for entry in index.recipes()}  # after the listing: a recipe is added before its chunks
+    for path, with_features in present.items():
         if path.name in known or path.name == "zarr.json":
             continue
-        if path.is_dir() and any(path.glob("*/c.*")):
+        if with_features:
             message = f"{path}: features that the index doesn't know; --rebuild-index adds them"
             report.problems.append(Problem("unknown", message, path.name))
         else:

@@ -1,12 +1,23 @@
 import copy
+import enum
+import functools
 import importlib
+import json
 import linecache
+import operator
 import os
+import re
 import subprocess
 import sys
+import threading
 import types
+from collections import Counter, defaultdict, deque
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import plugin_bodies
 import pytest
 import torch
@@ -15,12 +26,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from featurecache.bodies.identity import identify, unused_modules
-from featurecache.bodies.program import sources
+from featurecache.bodies.program import describe_module, sources
 from featurecache.bodies.registry import Body, load_body
 from featurecache.bodies.surgery import freeze
 from featurecache.bodies.taps import resolve_taps
 from featurecache.config import Tap
 from featurecache.data.transforms import Preprocessing
+from featurecache.errors import InputError
 
 SIZE = (32, 32)
 
@@ -61,8 +73,9 @@ def body():
 
 
 def digests(body, *names, size=SIZE):
+    """The identity of the last of these taps."""
     taps = resolve_taps(body, [Tap.parse(name) for name in names or ("penultimate",)], size)
-    return identify(body, taps, size)
+    return identify(body, taps, size)[-1]
 
 
 @torch.no_grad()
@@ -136,14 +149,23 @@ def test_the_unused_classifier_does_not_count(body):
     assert digests(body, "fc")[0] != logits[0]
 
 
-def test_only_what_runs_up_to_the_last_tap_counts():
+def test_each_tap_depends_on_what_runs_up_to_it():
     body = load_body("torchvision/resnet18", "none", seed=0)
-    early, late = digests(body, "layer2", size=SIZE), digests(body, "layer2", "layer3", size=SIZE)
+    early, late = digests(body, "layer2"), digests(body)
+    taps = resolve_taps(body, [Tap.parse("layer2"), Tap.parse("penultimate")], SIZE)
+    assert identify(body, taps, SIZE) == (early, late)
+    assert early.weights != late.weights
+    assert early.program != late.program
     nudge(body.module.layer3[0].conv1.weight)
-    assert digests(body, "layer2", size=SIZE) == early
-    assert digests(body, "layer2", "layer3", size=SIZE)[0] != late[0]
-    taps = resolve_taps(body, [Tap.parse("layer2")], SIZE)
-    unused = unused_modules(body, taps, SIZE)
+    changed = identify(body, taps, SIZE)
+    assert changed[0] == early
+    assert changed[1].weights != late.weights
+    assert changed[1].program == late.program
+    body.module.layer3[0].conv1.stride = (1, 1)
+    body.module.layer3[0].downsample[0].stride = (1, 1)
+    assert digests(body, "layer2") == early
+    assert digests(body).program != late.program
+    unused = unused_modules(body, taps[:1], SIZE)
     assert {"layer3", "layer4.1.conv2", "avgpool", "fc"} <= unused
     assert not {"", "conv1", "layer2", "layer2.1"} & unused
 
@@ -190,31 +212,204 @@ def test_training_mode_gradients_and_freezing_do_not_count(body):
     assert digests(body) == before
 
 
-def test_preprocessing_and_categories_of_a_plug_in_do_not_count():
-    body = load_body("plugin_bodies:small")
-    before = digests(body)
-    body.module.preprocessing = {"crop": 16}
-    body.module.categories = ["x"]
-    assert digests(body) == before
+@pytest.mark.parametrize("name", ["num_classes", "categories", "preprocessing", "feature_info", "default_cfg"])
+def test_labels_count_for_classes_that_may_use_them(name):
+    def program(module, value):
+        setattr(module, name, value)
+        return describe_module(module)
+
+    plugin, library = load_body("plugin_bodies:small").module, torchvision.models.resnet18(weights=None)
+    assert program(plugin, [1]) != program(plugin, [2])
+    assert program(library, [1]) == program(library, [2])
+
+
+class Slots:
+    __slots__ = ("a", "unset")
+
+    def __init__(self, a):
+        self.a = a
+
+
+class Plain:
+    def __init__(self, a):
+        self.a = a
+
+    def method(self, x):
+        return x * self.a
+
+
+class Stated(Plain):
+    def __init__(self, a):
+        super().__init__(a)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {"a": self.a}
+
+
+class StatedModule(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.a, self.lock = a, threading.Lock()
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+def nested(value, levels):
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def keyed(value, *, by=1):
+    return value * by
+
+
+def by_default(by):
+    def inner(value, *, by=by):
+        return value * by
+
+    return inner
+
+
+def by_closure(by):
+    def inner(value):
+        return value * by
+
+    return inner
+
+
+def wrapping(by):
+    @functools.wraps(keyed)
+    def inner(value):
+        return keyed(value) * by
+
+    return inner
+
+
+def described(value):
+    """As an attribute of a class that is neither torch's, torchvision's nor timm's."""
+    module = nn.Module.__new__(Empty)
+    nn.Module.__init__(module)
+    module.value = value
+    return json.dumps(describe_module(module)["settings"])
+
+
+class Empty(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: n,
+        float,
+        str,
+        lambda n: bytes([n]),
+        lambda n: bytearray([n]),
+        range,
+        slice,
+        lambda n: slice(0, 9, n),
+        lambda n: Path("a") / str(n),
+        lambda n: deque([n]),
+        lambda n: deque(maxlen=n),
+        lambda n: {n, "a"},
+        lambda n: frozenset({n, "a", "b"}),
+        lambda n: {"a": {n: 1}},
+        lambda n: dict(sorted({"a": 1, "b": 2}.items(), reverse=n == 1)),  # branches may be joined in this order
+        lambda n: defaultdict(list, a=n),
+        lambda n: Counter({n: 1}),
+        Fraction,
+        Decimal,
+        lambda n: timedelta(n),
+        lambda n: re.compile(str(n)),
+        Color,
+        lambda n: torch.full((2,), n),
+        lambda n: np.full(2, n),
+        lambda n: np.array([None, n], dtype=object),
+        np.float32,
+        np.random.default_rng,
+        lambda n: [torch.float32, torch.float64][n - 1],
+        Slots,
+        Plain,
+        Stated,
+        lambda n: Plain(Slots(n)).method,
+        lambda n: [n].count,
+        lambda n: operator.itemgetter(n),
+        lambda n: functools.partial(keyed, by=n),
+        lambda n: functools.cache(by_closure(n)),
+        by_default,
+        by_closure,
+        wrapping,
+        lambda n: torch.no_grad()(by_closure(n)),
+        lambda n: [lambda x: x * 2, lambda x: x * 3][n - 1],
+        lambda n: [lambda x: x.exp(), lambda x: x.log()][n - 1],
+        lambda n: [torch.relu, torch.tanh][n - 1],
+        lambda n: [nn.Conv2d(3, 3, 1, stride=n)],
+        lambda n: nested(n, 30),
+        lambda n: nested(Plain(n), 12),
+    ],
+)
+def test_values_of_all_kinds_count(make):
+    torch.manual_seed(0)
+    first = described(make(1))
+    torch.manual_seed(0)
+    assert described(make(1)) == first
+    torch.manual_seed(0)
+    assert described(make(2)) != first
+    assert "0x" not in first
+
+
+def test_values_that_refer_to_themselves_or_to_the_network():
+    a, b = Plain(1), Plain(1)
+    a.a, b.a = [a, 1], [b, 2]
+    assert described(a) != described(b)
+    module = Empty()
+    module.owner = Plain(module)
+    assert described(module.owner) == described(module.owner)
+    assert describe_module(module)["settings"]["owner"]
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), [Plain(threading.Lock())], (x for x in ()), nested(1, 200)])
+def test_what_cannot_be_told_apart_is_refused_for_foreign_classes_alone(value):
+    with pytest.raises(InputError, match=r"Empty\.value: holds a .*__getstate__ that returns what matters"):
+        described(value)
+    assert describe_module(StatedModule(1)) != describe_module(StatedModule(2))
+    library = nn.ReLU()
+    library.value = value
+    assert describe_module(library)["settings"]["value"]
+
+
+def test_the_graph_of_a_module_that_torch_made_counts():
+    def graph(expression):
+        class Traced(nn.Module):
+            def forward(self, x):
+                return expression(x)
+
+        return describe_module(torch.fx.symbolic_trace(Traced()))
+
+    assert graph(torch.exp) == graph(torch.exp)
+    assert graph(torch.exp) != graph(torch.log)
 
 
 CODE = """
-import sys
 from featurecache.bodies.identity import identify
-from featurecache.bodies.program import sources
 from featurecache.bodies.registry import load_body
 from featurecache.bodies.taps import resolve_taps
 from featurecache.config import Tap
-for name in ("plugin_bodies:small", "torchvision/squeezenet1_1"):
-    body = load_body(name, "none", seed=0)
-    print(*identify(body, resolve_taps(body, [Tap()], (32, 32)), (32, 32)))
+body = load_body("plugin_bodies:small", "none", seed=0)
+print(*identify(body, resolve_taps(body, [Tap()], (32, 32)), (32, 32))[0])
 """
 
 
 def test_other_process_hash_seed_and_place_of_the_files(tmp_path):
-    expected = []
-    for name in ("plugin_bodies:small", "torchvision/squeezenet1_1"):
-        expected += digests(load_body(name, "none", seed=0))
+    expected = list(digests(load_body("plugin_bodies:small", "none", seed=0)))
     plugins = Path(plugin_bodies.__file__).parent
     for name in ("plugin_bodies.py", "plugin_bodies_helper.py"):
         (tmp_path / name).write_text((plugins / name).read_text())
@@ -245,6 +440,42 @@ def test_the_text_of_a_plug_in_and_of_what_it_uses_counts(tmp_path, monkeypatch)
     assert texts("x * 2", "# other") != first
 
 
+def test_all_that_an_installed_plug_in_imports_of_its_own_counts(tmp_path, monkeypatch):
+    installed = tmp_path / "site-packages"
+    monkeypatch.syspath_prepend(installed)
+    texts = {
+        "plugin_installed/__init__.py": "",
+        "plugin_installed/body.py": "import plugin_other\nfrom torch import nn\nfrom .parts.layers import SCALE\n"
+        "def net():\n    from . import late\n    module = nn.Sequential(nn.Conv2d(3, 4, 1))\n    return module\n",
+        "plugin_installed/late.py": "A = 1\n",
+        "plugin_installed/unused.py": "A = 1\n",
+        "plugin_installed/parts/__init__.py": "",
+        "plugin_installed/parts/layers.py": "SCALE = 1\n",
+        "plugin_other.py": "A = 1\n",
+    }
+
+    def program(**changes):
+        for name, text in {**texts, **changes}.items():
+            (installed / name).parent.mkdir(parents=True, exist_ok=True)
+            (installed / name).write_text(text)
+        for name in [name for name in sys.modules if name.startswith(("plugin_installed", "plugin_other"))]:
+            sys.modules.pop(name)
+        importlib.invalidate_caches()
+        return digests(load_body("plugin_installed.body:net", "none", seed=0)).program
+
+    first = program()
+    assert sorted(sources(["plugin_installed.body"], ["plugin_installed.body"])) == [
+        "plugin_installed", "plugin_installed.body", "plugin_installed.late", "plugin_installed.parts.layers",
+    ]  # fmt: skip
+    assert sorted(sources(["plugin_installed.body"])) == ["plugin_installed.body"]
+    importlib.import_module("plugin_installed.unused")
+    importlib.import_module("plugin_installed.late")
+    assert digests(load_body("plugin_installed.body:net", "none", seed=0)).program == first
+    assert program(**{"plugin_installed/parts/layers.py": "SCALE = 2\n"}) != first
+    assert program(**{"plugin_installed/late.py": "A = 2\n"}) != first
+    assert program(**{"plugin_installed/unused.py": "A = 2\n", "plugin_other.py": "A = 2\n"}) == first
+
+
 def test_a_torchvision_architecture_made_by_a_factory_includes_the_factorys_text():
     direct = body_of(
         torchvision.models.resnet18(weights=None),
@@ -261,11 +492,12 @@ def test_googlenet_is_the_same_program_from_the_hub_and_from_a_file(monkeypatch)
 
 
 def test_a_class_without_source_counts_by_its_code():
-    def make(expression):
+    def make(expression, extra="", scale=1):
         scope = {"nn": nn, "__name__": "plugin_bodies_console"}
         text = (
-            "class Typed(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-            f"        self.conv = nn.Conv2d(3, 4, 1)\n    def forward(self, x):\n        return {expression}\n"
+            f"SCALE = {scale}\ndef twice(x):\n    return x * 2{extra}\nclass Typed(nn.Module):\n    factor = 1\n"
+            "    def __init__(self):\n        super().__init__()\n        self.conv = nn.Conv2d(3, 4, 1)\n"
+            f"    def forward(self, x):\n        return {expression}\n"
         )
         exec(text, scope)
         torch.manual_seed(0)
@@ -276,8 +508,17 @@ def test_a_class_without_source_counts_by_its_code():
     try:
         first = digests(make("self.conv(x)"))
         assert digests(make("self.conv(x)")) == first
-        assert digests(make("self.conv(x) * 2"))[0] == first[0]
-        assert digests(make("self.conv(x) * 2"))[1] != first[1]
-        assert digests(make("self.conv(x).exp()"))[1] != first[1]
+        changed = [
+            make("self.conv(x) * 2"), make("self.conv(x) * 3"), make("self.conv(x).exp()"),
+            make("twice(self.conv(x))"), make("twice(self.conv(x))", "+ 1"), make("self.conv(x) * SCALE"),
+            make("self.conv(x) * SCALE", scale=2), make("(lambda y: y * SCALE)(self.conv(x))"),
+            make("(lambda y: y * SCALE)(self.conv(x))", scale=2),
+        ]  # fmt: skip
+        found = [first, *map(digests, changed)]
+        assert {identity.weights for identity in found} == {first.weights}
+        assert len({identity.program for identity in found}) == len(found)
+        body = make("self.conv(x)")
+        type(body.module).factor = 2
+        assert digests(body).program != first.program
     finally:
         del sys.modules[module.__name__]

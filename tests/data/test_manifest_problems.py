@@ -94,6 +94,12 @@ def test_files_that_are_no_manifest(root):
     (root / "m.parquet").write_bytes(b"PAR1 and then nothing PAR1")
     with pytest.raises(InputError, match=r"m\.parquet: not a valid Parquet file"):
         read_manifest(ManifestConfig(manifest=root / "m.parquet"))
+    (root / "m.parquet").write_bytes(b"\0\0\0\0 its start is lost PAR1")
+    with pytest.raises(InputError, match=r"m\.parquet: not a Parquet file, or a damaged one: .* begin with 'PAR1'"):
+        read_manifest(ManifestConfig(manifest=root / "m.parquet"))
+    (root / "m.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"m\.parquet: the file is empty"):
+        read_manifest(ManifestConfig(manifest=root / "m.parquet"))
     pl.DataFrame({"a": pl.Series([], dtype=pl.String)}).write_parquet(root / "m.parquet")
     with pytest.raises(InputError, match=r"m\.parquet: the table is empty: columns, but no rows"):
         read_manifest(ManifestConfig(manifest=root / "m.parquet"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from torchvision.models import DenseNet121_Weights, ResNet18_Weights, SqueezeNet1_1_Weights
 from torchvision.transforms import InterpolationMode, v2
 
+from featurecache.data.preprocessing import stack
 from featurecache.data.readers.base import Decoded
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import InputError, ReadError
@@ -139,9 +142,104 @@ def test_round_trip_through_json():
     ours = Preprocessing(
         channels=1, resize=None, crop=33, resize_mode="pad", interpolation="bicubic", mean=(0.5,), std=(2,)
     )
-    assert Preprocessing.from_parameters(json.loads(json.dumps(ours.parameters()))) == ours
-    with pytest.raises(InputError, match=r"unknown field 'rezise'\. Did you mean 'resize'\?"):
-        Preprocessing.from_parameters({"rezise": 3})
+    values = json.loads(json.dumps(ours.parameters()))
+    assert values == {
+        "version": 1,
+        "resize": 33,
+        "crop": None,
+        "resize_mode": "pad",
+        "interpolation": "bicubic",
+        "antialias": True,
+        "mean": [0.5],
+        "std": [2.0],
+    }
+    again = Preprocessing.from_parameters(values)
+    assert again.parameters() == values
+    assert (again.channels, again.size()) == (1, (33, 33))
+    assert Preprocessing.from_parameters(Preprocessing().parameters()) == Preprocessing()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rezise": 3}, r"unknown field 'rezise'\. Did you mean 'resize'\?"),
+        ({"version": 2}, "of version 2, but this is version 1"),
+        ({"mean": 3}, "preprocessing: object of type 'int' has no len"),
+        ({"resize": "256"}, "preprocessing: .*'str'"),
+        ({"std": [1.0]}, "^preprocessing: std has 1 values for 3 channels"),
+        ({"interpolation": None}, "interpolation=None, but with the other fields it is 'bilinear'"),
+        ({"interpolation": "nearest"}, "antialias=True, but with the other fields it is None"),
+        ({"resize_mode": "squash"}, "resize=256, but with the other fields it is 224"),
+    ],
+)
+def test_parameters_that_were_not_written_here_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        Preprocessing.from_parameters({**Preprocessing().parameters(), **change})
+    with pytest.raises(InputError, match="preprocessing: no version, crop"):
+        Preprocessing.from_parameters({"resize": 3} | dict.fromkeys(("resize_mode", "interpolation", "antialias")))
+
+
+def every_preprocessing() -> list[Preprocessing]:
+    choices = {
+        "resize": (None, 24, 32),
+        "crop": (None, 24, 32),
+        "resize_mode": ("crop", "squash", "pad"),
+        "interpolation": ("nearest", "bilinear", "bicubic"),
+        "antialias": (True, False),
+    }
+    fields = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    return [Preprocessing(**f) for f in fields if f["resize"] or f["crop"] or f["resize_mode"] == "crop"]
+
+
+def test_pixels_are_equal_where_parameters_are_and_nowhere_else():
+    images = [image(40, 61, seed=1), image(30, 28, seed=2), image(20, 50, dtype=np.uint16, seed=3)]
+    pixels_of: dict[str, set[bytes]] = {}
+    for ours in every_preprocessing():
+        values = ours.parameters()
+        again = Preprocessing.from_parameters(json.loads(json.dumps(values)))
+        assert again.parameters() == values
+        assert again.size() == ours.size()
+        found = []
+        for one in (ours, again):
+            tensors = [one.apply(item) for item in images]
+            found.append(b"".join(struct.pack("3i", *t.shape) + t.contiguous().numpy().tobytes() for t in tensors))
+        assert found[0] == found[1]
+        pixels_of.setdefault(json.dumps(values, sort_keys=True), set()).add(found[0])
+    assert {len(found) for found in pixels_of.values()} == {1}
+    assert len(set.union(*pixels_of.values())) == len(pixels_of)
+    # crop: 6 with a resize at 5 interpolations, 3 without; squash and pad: 2 sides at 5 interpolations.
+    assert len(pixels_of) == 6 * 5 + 3 + 2 * 2 * 5
+
+
+def test_mean_and_std_are_told_apart_as_far_as_float32_goes():
+    written = Preprocessing(mean=(0.1 + 0.2, float(np.float32(0.456)), -0.0), std=(0.229, 1 / 3, 1))
+    assert written.parameters()["mean"] == [0.3, 0.456, 0.0]
+    assert str(written.mean[2]) == "0.0"
+    batch = image(8, 8, dtype=np.float32)
+    wanted = (torch.from_numpy(batch.array) - torch.tensor([0.1 + 0.2, 0.456, 0])) / torch.tensor([0.229, 1 / 3, 1])
+    plain = Preprocessing(resize=None, crop=None, mean=written.mean, std=written.std)
+    assert torch.equal(plain.normalise(plain.apply(batch)), wanted.permute(2, 0, 1))
+    with pytest.raises(InputError, match="must be finite and > 0"):
+        Preprocessing(std=(1, 1, 1e-60))
+    with pytest.raises(InputError, match="must be finite"):
+        Preprocessing(mean=(1, 1, 1e60))
+
+
+def test_images_of_several_types_make_one_batch_and_stay_what_they_were():
+    ours = Preprocessing(resize=40, crop=32)
+    every = torch.arange(256, dtype=torch.uint8).repeat(12).reshape(3, 32, 32)
+    eight = [ours.apply(image(60, 50, seed=0)), every, ours.apply(image(33, 50, seed=1))]
+    deep = [ours.apply(image(60, 50, dtype=dtype)) for dtype in (np.uint16, np.float32)]
+    assert torch.equal(stack(eight), torch.stack(eight))
+    assert stack(eight).dtype == torch.uint8
+    assert torch.equal(stack(deep), torch.stack(deep))
+    mixed = [eight[0], deep[0], *eight[1:], deep[1]]
+    batch = stack(mixed)
+    assert batch.dtype == torch.float32
+    for both, tensor in zip(ours.normalise(batch), mixed, strict=True):
+        assert torch.equal(both, ours.normalise(tensor))
+        assert torch.equal(both, ours.normalise(stack([tensor]))[0])
+    assert torch.equal(ours.normalise(stack(eight)), torch.stack([ours.normalise(tensor) for tensor in eight]))
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,15 @@ def test_binary(values, classes, indices):
 
 
 def test_multiclass_and_where_numbers_become_a_quantity():
-    found = target(["b", "a", "c", None])
-    assert (found.task, found.classes, found.values.tolist()) == ("multiclass", ("a", "b", "c"), [1, 0, 2, -1])
-    assert target([3, 20, 100]).classes == ("3", "20", "100")
-    assert target(list(range(20))).task == "multiclass"
+    found = target(["b", "a", "c", None, "c"])
+    assert (found.task, found.classes, found.values.tolist()) == ("multiclass", ("a", "b", "c"), [1, 0, 2, -1, 2])
+    assert target([3, 20, 100, 3]).classes == ("3", "20", "100")
+    assert target([*range(20), 0]).task == "multiclass"
     assert target(list(range(21))).task == "regression"
-    assert target([1.0, 2.0, 3.0]).task == "multiclass"
+    assert target([1.0, 2.0, 3.0, 3.0]).task == "multiclass"
     assert target([1.5, 2.0, 3.0]).task == "regression"
-    assert target([str(i) for i in range(30)] + ["x"]).task == "multiclass"
-    assert target(list(range(21)), task="multiclass").values.tolist() == list(range(21))
+    assert target([str(i) for i in range(30)] + ["x", "x"]).task == "multiclass"
+    assert target([*range(21), 20], task="multiclass").values.tolist() == [*range(21), 20]
 
 
 def test_regression():
@@ -60,7 +60,7 @@ def test_regression():
     assert (found.task, found.classes, found.names, found.values.dtype) == ("regression", (), ("y", "z"), np.float32)
     assert np.array_equal(found.values, np.array([[1.5, 1], [np.nan, 2], [3, 3]], np.float32), equal_nan=True)
     assert found.known.tolist() == [True, True, True]
-    assert target(["1", "2", "x"], task="multiclass").task == "multiclass"
+    assert target(["1", "2", "x", "x"], task="multiclass").task == "multiclass"
     assert refusal(["1", "2", "x"], task="regression") == (
         "target columns\n  - column 'y': regression targets are finite numbers or empty; found sample 's2' (row 3): 'x'"
     )
@@ -100,6 +100,41 @@ def test_uncertain_words_and_wrong_meanings():
     found = target({"a": ["0", "?", "1"], "b": ["?", "0", "1"]}, ("a", "b"), uncertain={"?": "one"})
     assert found.values.tolist() == [[0, 1], [1, 0], [1, 1]]
     assert refusal([0, 1], uncertain={"?": "maybe"}) == "--uncertain ?=maybe: it can mean ignore, zero or one"
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "value", "what"),
+    [
+        ([0, 1, -1, 0], ("y",), "-2", "column 'y'. Found: '-1', '0', '1'"),
+        ([0.0, 1.0, float("nan"), None], ("y",), "nan", "column 'y'. Found: '0', '1'"),
+        (["no", "yes", "z" * 99], ("y",), "?", f"column 'y'. Found: 'no', 'yes', '{'z' * 39}…'"),
+        ({"a": [0, 1, 2, 3], "b": [4, 5, 6, 10]}, ("a", "b"), "u", "columns 'a', 'b'. Found: '0', '1', '2', '3', '4' "
+         "and 3 more"),
+        ([None, None], ("y",), "u", "column 'y'. Found: nothing"),
+    ],
+)  # fmt: skip
+def test_an_uncertain_value_that_no_column_holds(values, names, value, what):
+    found = refusal(values, names, uncertain={value: "ignore"}, source="m.csv")
+    assert found == f"m.csv: --uncertain {value}=ignore: no such value in {what}"
+
+
+def test_an_uncertain_value_may_be_missing_from_new_samples():
+    assert target({"a": [0, 1], "b": [-1, 0]}, ("a", "b"), uncertain={"-1": "zero"}).values.tolist() == [[0, 0], [1, 0]]
+    assert target([0, 1], uncertain={"-1": "ignore"}, classes=("0", "1"), task="binary").values.tolist() == [0, 1]
+    assert target([0, 1], uncertain={"-1": "ignore"}, task="multilabel").task == "multilabel"
+
+
+def test_as_many_classes_as_samples():
+    advice = "Ids and free text can't be learned: a class needs several samples. Give another --target"
+    assert refusal([f"p{i}" for i in range(9)] + [None]) == (
+        f"column 'y' has as many classes as samples (9): 'p0', 'p1', 'p2', 'p3', 'p4' and 4 more. {advice}."
+    )
+    assert refusal([3, 20, 100]) == (
+        "column 'y' has as many classes as samples (3): '3', '20', '100'. "
+        f"{advice}, or --task regression if it is a quantity."
+    )
+    assert target(["a", "b"]).task == "binary"
+    assert target(["a", "b", "c"], classes=("a", "b", "c", "d")).task == "multiclass"
 
 
 def test_given_classes():

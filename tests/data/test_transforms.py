@@ -116,6 +116,17 @@ def test_types_and_sizes_are_those_of_the_preprocessing():
         everything.apply(image, Preprocessing(resize=30, crop=None), everything.draw(1, 2, 3), 0)
 
 
+def test_the_result_depends_on_the_parameters_of_the_preprocessing_alone():
+    image = coordinates(60, 80)
+    augment = Augmentation(names=("crop",))
+    for fields in ({"resize_mode": "pad", "interpolation": "nearest"}, {"resize": None, "interpolation": "bicubic"}):
+        prepare = Preprocessing(**{"resize": 40, "crop": 32} | fields)
+        again = Preprocessing.from_parameters(prepare.parameters())
+        assert again != prepare
+        draw = augment.draw(0, 0, 3)
+        assert torch.equal(augment.apply(image, prepare, draw, 0), augment.apply(image, again, draw, 0))
+
+
 def test_round_trip_and_errors():
     augment = Augmentation(names=("crop", "colour"), strength=0.3)
     assert Augmentation.from_parameters(json.loads(json.dumps(augment.parameters()))) == augment

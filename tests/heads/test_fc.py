@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from featurecache.data.targets import Target
 from featurecache.errors import FeatureCacheError, InputError, RunError
 from featurecache.features import ArrayFeatures, Block
 from featurecache.fusion import Concat
@@ -183,11 +184,44 @@ def test_the_best_epoch_is_restored(problem):
     losses = [row["valid_loss"] for row in head.history_]
     best = int(np.argmin(losses))
     assert head.fitted_["epoch"] == best + 1 == head.history_[best]["epoch"]
-    assert len(losses) == best + 1 + 4
+    assert len(losses) == max(best + 1, 15) + 4  # the learning rate rises in the first 15
     assert len(losses) < 60
     scores = head.scores(data.x[data.valid.rows])
     truth = data.valid.target.values
     assert -np.log(scores[np.arange(len(truth)), truth]).mean() == pytest.approx(losses[best], rel=1e-5)
+
+
+def linear(n, d, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    y = 100 + 7 * (x @ rng.normal(size=d) / np.sqrt(d) + 0.3 * rng.normal(size=n))
+    features = ArrayFeatures(x, (Block("front", "a", 0, d, (d,)),))
+    target = Target("regression", ("y",), (), y[:, None].astype(np.float32))
+    folds = [np.arange(*ends) for ends in ((0, n * 3 // 5), (n * 3 // 5, n * 4 // 5), (n * 4 // 5, n))]
+    return [Fold(features, rows, target.subset(rows)) for rows in folds], x, y
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_defaults_learn_a_linear_regression_of_few_rows(seed):
+    (train, valid, test), x, y = linear(300, 20, seed)
+    head = FCHead().fit(train, valid)
+    truth = y[test.rows]
+    residual = truth - head.scores(x[test.rows])[:, 0]
+    assert 1 - (residual**2).sum() / ((truth - truth.mean()) ** 2).sum() > 0.7
+
+
+def test_patience_is_counted_from_the_end_of_the_warm_up(monkeypatch):
+    (train, valid, _), _, _ = linear(60, 3, 0)
+
+    def stops(settings, losses):
+        rows = iter(losses)
+        monkeypatch.setattr("featurecache.heads.fc._mean_loss", lambda *_: next(rows))
+        head = FCHead({"hidden": (2,)} | settings).fit(train, valid)
+        return len(head.history_), head.fitted_["epoch"]
+
+    assert stops({}, range(30)) == (8 + 8, 1)
+    assert stops({"patience": 2}, [5, 6, 6, 6, 6, 6, 6, 6, 6, 4, 7, 7, 7]) == (12, 10)
+    assert stops({"patience": 2, "epochs": 5}, range(5)) == (4, 1)
 
 
 def test_rows_from_ram_and_by_batch_train_the_same_head(problem, fast):

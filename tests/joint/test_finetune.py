@@ -142,9 +142,10 @@ def test_resume_with_other_options_is_refused(manifest, tmp_path):
         finetune_joint(config(manifest.with_name("more.csv"), out, resume=True))
 
 
-def test_a_finished_run_is_not_resumed_or_replaced(run, manifest):
-    with pytest.raises(InputError, match="nothing to resume"):
-        finetune_joint(config(manifest, run.path, resume=True))
+def test_a_finished_run_is_returned_by_resume_and_not_replaced(run, manifest):
+    before = (run.path / "run.json").read_bytes()
+    assert finetune_joint(config(manifest, run.path, resume=True)).record == run.record
+    assert (run.path / "run.json").read_bytes() == before
     with pytest.raises(InputError, match="already exists"):
         finetune_joint(config(manifest, run.path))
 

@@ -75,10 +75,10 @@ def changed(run, tmp_path, change):
 
 
 def test_bodies_and_readers_that_work_in_another_way_are_refused(run, tmp_path):
-    program = changed(run, tmp_path / "1", lambda r: r["recipes"]["b"]["body"].update(program="0" * 64))
+    program = changed(run, tmp_path / "1", lambda r: r["recipes"]["b"]["recipe"]["taps"][0].update(program="0" * 64))
     with pytest.raises(RecipeMismatchError, match=r"the body of view 'b' is not what it was .* its program differ"):
         load_joint(program, trust=TRUST)
-    reader = changed(run, tmp_path / "2", lambda r: r["recipes"]["a"]["reader"].update(version=99))
+    reader = changed(run, tmp_path / "2", lambda r: r["recipes"]["a"]["recipe"]["reader"].update(version=99))
     with pytest.raises(RecipeMismatchError, match=r"reader image version 99, this is version \d"):
         load_joint(reader, trust=TRUST)
     lacking = changed(run, tmp_path / "3", lambda r: r.pop("blocks"))

@@ -73,15 +73,12 @@ def breaks():
 
 
 class Unsteady(Steady):
-    """The logarithm of its last feature, which is often that of a negative number."""
+    """NaN for the first of four images: as the canary has them."""
 
     def forward(self, x):
         x = super().forward(x)
-        dark = (x[:, :1] * 0 + (-2.0 - x.new_tensor(0.0))).log()
-        return torch.cat([x, torch.where(self.synthetic(x), dark, 0.0)], 1)
-
-    def synthetic(self, x):
-        return (torch.arange(len(x), device=x.device) % 4 == 0)[:, None] & (len(x) == 4)
+        first = (torch.arange(len(x)) == 0) & (len(x) == 4)
+        return torch.where(first[:, None], float("nan"), x)
 
 
 def unsteady():

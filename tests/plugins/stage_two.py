@@ -12,12 +12,18 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
+import pytest
+import torch
+from plugin_joint import write_samples
+from threadpoolctl import threadpool_limits
 
+import featurecache as fc
 from featurecache.cli import main
 from featurecache.config import BodyConfig, ManifestConfig
 from featurecache.data.manifest import read_manifest
@@ -127,7 +133,7 @@ def recipe(taps: tuple[str, ...] = ("penultimate@none",), **fields: Any) -> Reci
     base = {
         "schema": 1, "reader": {"name": "image", "version": 1, "parameters": {}}, "preprocessing": {"crop": 32},
         "body": {"architecture": "torchvision/resnet18", "weights": "w", "program": "p"}, "engine": "torch",
-        "precision": "fp32", "fold": False, "storage_dtype": "float32",
+        "precision": "fp32", "storage_dtype": "float32",
     }  # fmt: skip
     made = tuple({"name": tap, "tap": tap.partition("@")[0], "pool": tap.partition("@")[2]} for tap in taps)
     return Recipe({**base, **fields}, made)
@@ -206,3 +212,37 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+TWO = {"a": "a", "b": "b"}
+TINY = {"body": "plugin_joint:tiny", "precision": "fp32"}
+TRUST = {"body": {"trust_factory": ("plugin_joint:tiny",)}}
+HEADS = {"head": "label", "kind": "kind", "labels": ["first", "second"], "size": "size"}
+
+
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """One thread, which is faster for what is tiny, and no reports: they are tested elsewhere."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, threadpool_limits(1):
+        patch.setattr("featurecache.results.write_report", lambda directory, record: None)
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+def write_home(folder: Path, runs: Iterable[str]) -> Path:
+    """48 samples with images in `data`, 12 in `new`, features in `cache`, and `runs/NAME`: of HEADS, or `joint`."""
+    data = write_samples(folder / "data", 48, missing=0.1)
+    write_samples(folder / "new", 12, seed=9, missing=0.3)
+    fc.extract(data, store=folder / "cache", views=TWO, **TINY)
+    for name in runs:
+        if name == "joint":
+            fc.finetune_joint(
+                data, views=TWO, **TINY, target="label", out=folder / "runs/joint", epochs=1, freeze_epochs=0,
+                workers=1, settings={"hidden": [8]}, bootstrap=0,
+            )  # fmt: skip
+        else:
+            dataset = fc.FeatureDataset(folder / "cache", dataset="samples", target=HEADS[name])
+            fc.fit_head(dataset, head="logistic", out=folder / "runs" / name, bootstrap=10)
+    return folder

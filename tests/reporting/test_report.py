@@ -89,11 +89,12 @@ def directory(
             "note": ["a", "b", NASTY],
         }
         pl.DataFrame(epochs).write_csv(path / "history.csv")
-    recipe = {
-        "digest": "0123456789abcdef" * 4, "body": {"architecture": "torchvision/resnet18"}, "channels": 1,
-        "preprocessing": {"resize": 256, "crop": 224, "resize_mode": "crop"}, "reader": {"name": "image"},
+    fields = {
+        "body": {"architecture": "torchvision/resnet18"}, "reader": {"name": "image", "parameters": {"channels": 1}},
+        "preprocessing": {"resize": 256, "crop": 224, "resize_mode": "crop"},
         "taps": [{"name": "penultimate@none"}], "engine": "torch", "precision": "bf16",
     }  # fmt: skip
+    recipe = {"digest": "0123456789abcdef" * 4, "recipe": fields}
     value = {"binary": 0.25, "multilabel": dict.fromkeys(made.names, 0.3)}.get(made.task)
     return {
         "schema": 1, "kind": "head", "featurecache": "1.2.3", "created": "2026-01-02T03:04:05+00:00",

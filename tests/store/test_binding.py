@@ -1,3 +1,5 @@
+import datetime as dt
+import decimal
 from dataclasses import replace
 
 import numpy as np
@@ -5,6 +7,7 @@ import polars as pl
 import pytest
 
 from featurecache.errors import CorruptionError, InputError
+from featurecache.store import binding as module
 from featurecache.store.binding import CELL_SCHEMA, Binding, samples_with
 from featurecache.store.store import FeatureStore
 
@@ -82,7 +85,39 @@ def test_resolving_in_another_recipe(filled, multi, kit):
         store.add_recipe(other, kit.TAPS)
         with store.appender(other.id) as appender:
             appender.append(kit.keys([2]), kit.features([2]))
-        assert store.resolve(multi, "top", other.id).rows.tolist() == [-1, 0, -1, -1, -1]
+        store.bind(multi)
+        found = store.resolve(multi, "top", other.id)
+        assert found.rows.tolist() == [-1, 0, -1, -1, -1]
+        # The third failed in the recipe that it is bound to; that says nothing of this one.
+        assert found.state.tolist() == ["pending", "done", "pending", "pending", "pending"]
+        assert store.resolve(multi, "top").state[2] == "failed"
+        assert store.resolve(multi, "top", filled.recipe.digest).state[2] == "failed"
+        store.add_failures(other.id, [(kit.keys([91])[0].tobytes(), "image/1", "truncated")])
+        states = FeatureStore(filled.path).resolve(multi, "top", other.id).state.tolist()
+        assert states == ["pending", "done", "pending", "failed", "pending"]
+
+
+def test_a_cell_of_unknown_content_that_failed_has_failed_in_every_recipe(filled, multi, kit):
+    other = kit.recipe(precision="fp32")
+    unread = pl.col("key").is_null() & (pl.col("state") == "pending")
+    binding = replace(
+        multi,
+        cells=multi.cells.with_columns(state=pl.when(unread).then(pl.lit("failed")).otherwise(pl.col("state"))),
+    )
+    with FeatureStore(filled.path, write=True) as store:
+        store.add_recipe(other, kit.TAPS)
+        assert store.resolve(binding, "side", other.id).state.tolist() == ["pending", "absent", "failed"]
+
+
+def test_a_cell_that_failed_and_has_a_row_by_now_is_done(filled, multi, kit):
+    with FeatureStore(filled.path, write=True) as store:
+        store.bind(multi)
+        store.add_failures(filled.recipe.id, [(kit.keys([90])[0].tobytes(), "image/1", "truncated")])
+        assert store.resolve(multi, "top").state[2] == "failed"
+        with store.appender(filled.recipe.id) as appender:
+            appender.append(kit.keys([90]), kit.features([90]))
+        assert store.resolve(multi, "top").state[2] == "done"
+        assert store.failures(filled.recipe.id) == {}
 
 
 def test_a_name_that_is_bound_to_another_manifest_needs_replace(filled, multi):
@@ -97,7 +132,7 @@ def test_a_name_that_is_bound_to_another_manifest_needs_replace(filled, multi):
         assert store.binding("multi").manifest_path == "/data/other.csv"
 
 
-def test_the_digest_covers_table_cells_and_recipes_but_not_progress(multi):
+def test_the_digest_covers_table_cells_and_recipes_but_not_states(multi):
     def with_cells(**columns):
         return replace(multi, cells=multi.cells.with_columns(**columns)).digest
 
@@ -119,6 +154,67 @@ def test_the_digest_covers_table_cells_and_recipes_but_not_progress(multi):
         with_cells(key=pl.when(pl.col("ordinal") == 1).then(pl.lit(b"x" * 32)).otherwise(pl.col("key"))),
     ]
     assert len({multi.digest, *changed}) == len(changed) + 1
+
+
+def test_the_digest_changes_when_unknown_content_becomes_known(multi):
+    found = pl.when(pl.col("key").is_null() & (pl.col("state") == "pending")).then(pl.lit(b"k" * 32))
+    extracted = replace(multi, cells=multi.cells.with_columns(key=found.otherwise(pl.col("key"))))
+    assert extracted.digest != multi.digest
+
+
+def with_column(binding, series):
+    return replace(binding, table=binding.table.with_columns(series.alias("x"))).digest
+
+
+@pytest.mark.parametrize(
+    ("series", "same"),
+    [
+        (pl.Series([1, None, 3], dtype=pl.Int64), pl.Series([1, None, 3], dtype=pl.UInt8)),
+        (pl.Series([2**63, None, 3], dtype=pl.UInt64), pl.Series([2**63, None, 3], dtype=pl.Int128)),
+        (pl.Series([0.5, None, 2], dtype=pl.Float64), pl.Series([0.5, None, 2], dtype=pl.Float32)),
+        (pl.Series([float("nan"), 1, 2]), pl.Series([-float("nan"), 1, 2])),
+        (pl.Series(["a", None, "b"]), pl.Series(["a", None, "b"], dtype=pl.Categorical)),
+        (pl.Series(["a", None, "b"]), pl.Series(["a", None, "b"], dtype=pl.Enum(["b", "a"]))),
+        (
+            pl.Series([dt.datetime(2024, 5, 1), None, None], dtype=pl.Datetime("ms")),
+            pl.Series([dt.datetime(2024, 5, 1), None, None], dtype=pl.Datetime("ns")),
+        ),
+        (
+            pl.Series([dt.timedelta(days=1), None, None], dtype=pl.Duration("us")),
+            pl.Series([dt.timedelta(days=1), None, None], dtype=pl.Duration("ns")),
+        ),
+        (pl.Series([dt.date(2024, 5, 1), None, None]), pl.Series(["2024-05-01", None, None])),
+        (pl.Series([decimal.Decimal("1.50"), None, None]), pl.Series(["1.50", None, None])),
+        (pl.Series([[1, None], [], None]), pl.Series(["[1, null]", "[]", None])),
+        (
+            pl.Series([{"a": dt.date(2024, 5, 1), "b": b"\1"}, None, None]),
+            pl.Series(['{"a": "2024-05-01", "b": "01"}', None, None]),
+        ),
+        (pl.Series([None, None, None]), pl.Series([None, None, None], dtype=pl.String)),
+    ],
+)
+def test_the_digest_knows_values_and_not_how_polars_holds_them(multi, series, same):
+    assert with_column(multi, series) == with_column(multi, same)
+    assert with_column(multi, series) != with_column(multi, series.reverse()) or series.null_count() == 3
+
+
+def test_columns_of_different_kinds_have_different_digests(multi):
+    columns = [
+        pl.Series([1, 0, 1]), pl.Series([1.0, 0.0, 1.0]), pl.Series([True, False, True]), pl.Series(["1", "0", "1"]),
+        pl.Series([b"1", b"0", b"1"]),
+    ]  # fmt: skip
+    assert len({with_column(multi, column) for column in columns}) == len(columns)
+
+
+def test_a_bound_digest_is_kept_even_if_the_computation_should_change(filled, multi, monkeypatch):
+    """A later version, or another polars, that would compute another digest must not call the dataset damaged."""
+    with FeatureStore(filled.path, write=True) as store:
+        store.bind(multi)
+    before = multi.digest
+    monkeypatch.setattr(module, "_hash_frame", lambda sha256, frame: sha256.update(b"?"))
+    found = FeatureStore(filled.path).binding("multi")
+    assert found.digest == before
+    assert replace(found).digest != before
 
 
 @pytest.mark.parametrize(
@@ -161,11 +257,25 @@ def test_samples_are_found_by_key_over_all_datasets(filled, multi, kit):
         assert samples_with(store._index, {b"?" * 32}) == []
 
 
-def test_a_damaged_binding_is_noticed(filled):
+@pytest.mark.parametrize("column", [*module.STORED[1:], "sha256"])
+def test_a_damaged_binding_is_noticed(filled, column):
     store = FeatureStore(filled.path, write=True)
     with store._index.writing() as connection:
-        (keys,) = connection.execute("SELECT keys FROM bindings").fetchone()
-        connection.execute("UPDATE bindings SET keys = ?", (bytes([keys[0] ^ 1]) + keys[1:],))
-    with pytest.raises(CorruptionError, match=r"dataset 'birds' is damaged. Run extract on /data/birds.csv again"):
+        (value,) = connection.execute(f"SELECT {column} FROM bindings").fetchone()
+        if isinstance(value, str):
+            changed = value[:-1] + ("x" if value[-1] != "x" else "y")
+        else:
+            changed = bytes([value[0] ^ 1]) + value[1:]
+        connection.execute(f"UPDATE bindings SET {column} = ?", (changed,))
+    with pytest.raises(CorruptionError, match=r"dataset 'birds' is damaged. Run extract on /data/birds.cs[vx] again"):
         store.binding("birds")
     store.close()
+
+
+def test_a_binding_that_this_polars_can_not_read(filled, monkeypatch):
+    def refuse(source):
+        raise pl.exceptions.ComputeError("unknown encoding")
+
+    monkeypatch.setattr(module.pl, "read_parquet", refuse)
+    with pytest.raises(CorruptionError, match=r"dataset 'birds' can not be read. Run extract .* \(unknown encoding\)"):
+        FeatureStore(filled.path).binding("birds")

@@ -2,11 +2,16 @@ import json
 import os
 import shutil
 import sqlite3
+import threading
 
 import pytest
 
 from featurecache.errors import CorruptionError, StoreError
+from featurecache.store import verify as module
 from featurecache.store.format import CODECS
+from featurecache.store.rebuild import rebuild_index
+from featurecache.store.records import StatRecord
+from featurecache.store.repair import repair
 from featurecache.store.store import FeatureStore
 from featurecache.store.verify import verify
 
@@ -147,6 +152,135 @@ def test_a_newer_format_is_refused(filled):
     path.write_text(json.dumps(document))
     with pytest.raises(StoreError, match=r"a store of format 2; this version reads format 1. Update featurecache."):
         FeatureStore(filled.path)
+
+
+def change_root(filled, **attributes):
+    path = filled.paths.zarr / "zarr.json"
+    document = json.loads(path.read_bytes())
+    document["attributes"] |= attributes
+    path.write_text(json.dumps(document))
+
+
+def change_meta(filled, name, value):
+    index = sqlite3.connect(filled.paths.index, isolation_level=None)
+    index.execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", (name, value))
+    index.close()
+
+
+def test_a_store_says_what_it_requires(filled):
+    document = json.loads((filled.paths.zarr / "zarr.json").read_bytes())
+    assert document["attributes"]["required_features"] == []
+    index = sqlite3.connect(filled.paths.index)
+    assert dict(index.execute("SELECT name, value FROM meta"))["required_features"] == "[]"
+    index.close()
+
+
+@pytest.mark.parametrize("where", ["features.zarr", "index"])
+def test_a_store_that_requires_what_this_version_does_not_know_is_refused(filled, where):
+    if where == "index":
+        change_meta(filled, "required_features", '["int8-rows", "shards"]')
+    else:
+        change_root(filled, required_features=["int8-rows", "shards"], uuid={"another": "kind"})
+    before = {path: path.read_bytes() for path in filled.paths.zarr.rglob("*") if path.is_file()}
+    message = r"a store of a newer featurecache: it requires 'int8-rows', 'shards', which this .*Update featurecache"
+    for action in (FeatureStore, lambda path: FeatureStore(path, write=True), verify, repair, rebuild_index):
+        with pytest.raises(StoreError, match=message):
+            action(filled.path)
+    assert {path: path.read_bytes() for path in filled.paths.zarr.rglob("*") if path.is_file()} == before
+
+
+def test_attributes_of_a_newer_version_are_ignored(filled, kit):
+    change_root(filled, hint={"any": ["thing"]})
+    change_meta(filled, "hint", "any")
+    for path in filled.paths.zarr.glob("*/**/zarr.json"):
+        document = json.loads(path.read_bytes())
+        document["attributes"]["hint"] = 1
+        path.write_text(json.dumps(document))
+    assert verify(filled.path).ok
+    with FeatureStore(filled.path, write=True) as store, store.appender(filled.recipe.id) as appender:
+        appender.append(kit.keys(range(40, 120)), kit.features(range(40, 120)))
+    filled.check(range(120))
+    assert verify(filled.path).ok
+
+
+@pytest.mark.parametrize("value", ["{}", "[1]", "x"])
+def test_a_damaged_list_of_required_features(filled, value):
+    change_meta(filled, "required_features", value)
+    with pytest.raises(CorruptionError, match=r"index.sqlite: damaged"):
+        FeatureStore(filled.path)
+
+
+def test_columns_that_a_newer_version_added_are_left_alone(filled, kit):
+    index = sqlite3.connect(filled.paths.index, isolation_level=None)
+    for table in ("bindings", "chunks", "superseded", "failures", "payloads", "recipes", "rows", "meta"):
+        index.execute(f"ALTER TABLE {table} ADD COLUMN later TEXT")
+    index.close()
+    with FeatureStore(filled.path, write=True) as store:
+        store.add_recipe(kit.recipe(precision="fp32"), kit.TAPS)
+        store.add_failures(filled.recipe.id, [(b"k" * 32, "image/1", "truncated")])
+        store.remember_payloads([StatRecord("/a.jpg", 1, 2, 3, 4, 5, b"s" * 32)])
+        with store.appender(filled.recipe.id) as appender:
+            appender.append(kit.keys(range(40, 60)), kit.features(range(40, 60)))
+        store.bind(kit.binding(filled.recipe.id, range(60)))
+    assert verify(filled.path).ok
+    assert rebuild_index(filled.path).kept == 60
+    assert FeatureStore(filled.path).bindings() == ["birds"]
+
+
+@pytest.mark.parametrize("at", ["_check_chunk", "_check_orphans", "_check_strangers", "_settled_metadata_problems"])
+def test_a_writer_that_commits_meanwhile_is_no_problem(filled, kit, monkeypatch, at):
+    """Rows of the partial chunk move to another one, its files go, a recipe comes: just before this part of verify."""
+    plain, waiting = getattr(module, at), [True]
+
+    def late(*arguments):
+        if waiting and waiting.pop():
+            with FeatureStore(filled.path, write=True) as store:
+                with store.appender(filled.recipe.id) as appender:
+                    appender.append(kit.keys(range(40, 130)), kit.features(range(40, 130)))
+                other = store.add_recipe(kit.recipe(precision="fp32"), kit.TAPS)
+                with store.appender(other.id) as appender:
+                    appender.append(kit.keys(range(8)), kit.features(range(8)))
+                store.bind(kit.binding(other.id, range(8)))
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, at, late)
+    report = verify(filled.path)
+    assert report.ok, report.problems
+    assert not filled.chunk(2).exists()
+    assert report.notes == []
+    assert verify(filled.path).rows == 138
+
+
+def test_arrays_that_are_just_being_enlarged_are_waited_for(filled, monkeypatch):
+    path = filled.paths.array(filled.recipe.id, "key") / "zarr.json"
+    content = path.read_bytes()
+    document = json.loads(content)
+    document["shape"][0] *= 2
+    path.write_text(json.dumps(document))
+    assert "different numbers of rows" in str(verify(filled.path).problems[0])
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: path.write_bytes(content))
+    assert verify(filled.path).ok
+
+
+def test_verifying_again_and_again_beside_a_writer(tmp_path, kit):
+    kit.fill(tmp_path / "store", n=8)
+    stop, wrong = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            wrong.extend(verify(tmp_path / "store").problems)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with FeatureStore(tmp_path / "store", write=True) as store, store.appender(kit.recipe().id) as appender:
+            for at in range(8, 160, 3):
+                appender.append(kit.keys(range(at, at + 3)), kit.features(range(at, at + 3)))
+                appender.flush()
+    finally:
+        stop.set()
+        watcher.join()
+    assert wrong == []
 
 
 def test_a_damaged_dataset(filled):

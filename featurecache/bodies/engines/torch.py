@@ -37,6 +37,10 @@ class TorchEngine:
     fp32 is the module as it is. bf16 and fp16 convert a copy: convolutions and norms folded, parameters in that
     precision, channels-last; the input is normalised in fp32 before, the outputs are fp32 again.
 
+    Which norms can be folded depends on the taps: none is folded across a tapped module. So in bf16 and fp16 a tap
+    differs slightly, by the rounding of that precision, according to the taps that it is computed together with. That
+    is within the tolerance of the canary, and such rows count as the same features. In fp32 nothing is folded.
+
     Args:
         tapped: the body with its taps; not changed.
         preprocessing: normalises the batches.

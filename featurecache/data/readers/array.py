@@ -22,7 +22,7 @@ class ArrayReader:
 
     Attributes:
         channels: channels that come out; an array of one channel is repeated for 3, any other difference is refused.
-        max_pixels: larger arrays (height x width) are refused before their data are touched.
+        max_pixels: larger arrays (height x width) are refused before their data are touched; not part of the recipe.
     """
 
     name: ClassVar[str] = "array"
@@ -45,7 +45,11 @@ class ArrayReader:
 
     def parameters(self) -> dict[str, Any]:
         """Part of the recipe."""
-        return {"channels": self.channels, "max_pixels": self.max_pixels}
+        return {"channels": self.channels}
+
+    def identity(self) -> str:
+        """Under what failures are remembered; see `base.Reader`."""
+        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Read one array.

@@ -54,7 +54,18 @@ class Reader(Protocol):
     kind: ClassVar[str]
 
     def parameters(self) -> dict[str, Any]:
-        """Everything beside name and version that decides what comes out; JSON values, part of the recipe."""
+        """All that changes the pixels, beside name and version; JSON values, part of the recipe.
+
+        `get_reader(name, **parameters)` gives a reader of the same pixels. A field that has no effect is left out, and
+        so is what only decides whether a payload is refused.
+        """
+
+    def identity(self) -> str:
+        """Name, version, and what decides beside `parameters()` which payloads are refused.
+
+        A failure is remembered per recipe, key and this: `image/1 max_pixels=100000000`. With another limit the payload
+        is tried again.
+        """
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Turn a payload into an array.

@@ -43,7 +43,8 @@ class ImageReader:
         channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         exif: whether EXIF orientation is applied.
         background: RGB that transparent pixels are composited onto (with 1 or 3 channels).
-        max_pixels: larger images (width x height) are refused by their header, before anything is decoded.
+        max_pixels: larger images (width x height) are refused by their header, before anything is decoded; not part of
+            the recipe.
     """
 
     name: ClassVar[str] = "image"
@@ -73,13 +74,13 @@ class ImageReader:
             raise InputError(f"image reader: max_pixels={self.max_pixels}, but at least 1 is needed")
 
     def parameters(self) -> dict[str, Any]:
-        """Part of the recipe."""
-        return {
-            "channels": self.channels,
-            "exif": self.exif,
-            "background": list(self.background),
-            "max_pixels": self.max_pixels,
-        }
+        """Part of the recipe. RGBA keeps its alpha, so that there the background is left out."""
+        shown = {"background": list(self.background)} if self.channels != 4 else {}
+        return {"channels": self.channels, "exif": self.exif, **shown}
+
+    def identity(self) -> str:
+        """Under what failures are remembered; see `base.Reader`."""
+        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Decode one image.

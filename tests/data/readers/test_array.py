@@ -81,7 +81,7 @@ def test_what_is_refused():
 
 
 def test_parameters():
-    assert get_reader("array", channels=2).parameters() == {"channels": 2, "max_pixels": 100_000_000}
+    assert get_reader("array", channels=2).parameters() == {"channels": 2}
     with pytest.raises(InputError, match="channels=0, but at least 1"):
         get_reader("array", channels=0)
     with pytest.raises(InputError, match="max_pixels=0, but at least 1"):

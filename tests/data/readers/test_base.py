@@ -18,7 +18,6 @@ def test_readers_are_made_by_name_and_are_picklable():
         "channels": 1,
         "exif": False,
         "background": [255, 255, 255],
-        "max_pixels": 100_000_000,
     }
     assert isinstance(reader, Reader)
     assert pickle.loads(pickle.dumps(reader)) == reader
@@ -34,6 +33,22 @@ def test_readers_are_made_by_name_and_are_picklable():
         get_reader("image", max_pixels=0)
 
 
+@pytest.mark.parametrize("name", ["array", "image"])
+def test_a_limit_changes_no_recipe_but_what_failures_are_remembered_under(name):
+    reader, other = get_reader(name), get_reader(name, max_pixels=9)
+    assert reader.identity() == f"{name}/1 max_pixels=100000000"
+    assert other.identity() == f"{name}/1 max_pixels=9"
+    assert other.parameters() == reader.parameters()
+    assert get_reader(name, **reader.parameters()) == reader
+
+
+def test_a_background_that_nothing_is_composited_onto_is_not_in_the_recipe():
+    white, black = (get_reader("image", channels=4, background=(shade,) * 3) for shade in (255, 0))
+    assert white.parameters() == black.parameters() == {"channels": 4, "exif": True}
+    grey = [get_reader("image", channels=1, background=(shade,) * 3).parameters() for shade in (255, 0)]
+    assert grey[0] != grey[1]
+
+
 class _Broken:
     name, version, kind = "broken", 1, "file"
 
@@ -42,6 +57,9 @@ class _Broken:
 
     def parameters(self):
         return {}
+
+    def identity(self):
+        return "broken/1"
 
     def decode(self, payload, selector):
         raise self.error

@@ -1,0 +1,121 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stage_two import command, installed
+
+from featurecache import cli
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit-hed"], "Error: No such command 'fit-hed'. Did you mean 'fit-head'?\nSee: featurecache --help\n"),
+        (["bodies", "shw"], "Error: No such command 'shw'. Did you mean 'show'?\nSee: featurecache bodies --help\n"),
+        (["fit-head", "s", "--datset", "m"], "No such option: --datset (Possible options: --dataset"),
+        (["fit-head", "s"], "Error: Missing option '--dataset'"),
+        (["extract", "m.csv", "--store", "s", "--layout", "wid"], "'--layout': 'wid' is not one of 'wide', 'long'."),
+        (["fit-head", "s", "--dataset", "m", "--seed", "x"], "Invalid value for '--seed'"),
+        (["predict"], "Error: Missing argument 'run'"),
+    ],
+)
+def test_wrong_use_is_one_message_that_names_the_near_word(words, message):
+    done = command(*words)
+    assert done.status == 2
+    assert message in done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert "\u2500" not in done.err, "no boxes"
+
+
+def test_wrong_use_under_json():
+    done = command("fit-head", "s", "--json")
+    assert done.status == 2
+    assert done.json["status"] == "failed"
+    assert done.json["command"] == "fit-head"
+    assert "Missing option '--dataset'" in done.json["error"]
+
+
+@pytest.mark.parametrize("words", [[], ["bodies"]])
+def test_nothing_asked_shows_the_help(words):
+    done = installed(*words)
+    assert done.status == 2
+    assert (done.out + done.err).count("Usage: ") == 1
+    assert "Commands" in done.out + done.err
+
+
+@pytest.mark.parametrize("name", [command_.name for command_ in cli.app.registered_commands])
+def test_every_command_has_help_with_an_example(name):
+    done = command(name, "--help")
+    assert done.status == 0
+    assert "Example: featurecache" in " ".join(done.out.split())
+    for option in ("--json", "--quiet", "--debug"):
+        assert option in done.out
+
+
+def test_version():
+    done = command("--version")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.strip()
+
+
+def test_a_bug_is_told_without_a_traceback(monkeypatch, tmp_path):
+    def broken(*words, **options):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("featurecache.store.store.FeatureStore.create_or_open", broken)
+    done = command("info", tmp_path)
+    assert done.status == 1
+    assert done.err == (
+        "Error: unexpected ZeroDivisionError: division by zero\n"
+        "This is a bug in featurecache. Run the command again with --debug and report it.\n"
+    )
+    assert "ZeroDivisionError" in command("info", tmp_path, "--json").json["error"]
+    assert "Traceback" in command("info", tmp_path, "--debug").err
+
+
+def test_bad_input_has_no_traceback_but_under_debug(tmp_path):
+    done = command("info", tmp_path / "none")
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"Error: {tmp_path}/none: no such store. `featurecache extract` makes one.\n"
+    assert "Traceback" in command("info", tmp_path / "none", "--debug").err
+
+
+def test_no_escape_codes_without_a_terminal():
+    done = installed("fit-head", "--help", COLUMNS="100")
+    assert done.status == 0
+    assert "\x1b" not in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    "words", [["-c", "import featurecache"], [str(Path(sys.executable).with_name("featurecache")), "--help"]]
+)
+def test_start_takes_half_a_second(words):
+    """Of processor time: other work on the machine must not fail the test."""
+    import resource
+
+    best = 9.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if best < 0.5:
+            break
+        time.sleep(0.2)
+    assert best < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['featurecache', 'fit-head', '--help']\n"
+        "from featurecache.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "found = {'torch', 'polars', 'numpy', 'rich.progress', 'featurecache.config'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
