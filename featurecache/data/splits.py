@@ -169,11 +169,18 @@ def _divide(groups: np.ndarray, strata: np.ndarray, config: SplitConfig, head: s
     hashes = np.array([_hash(config.seed, name) for name in units.tolist()], dtype=np.uint64)
     order = np.lexsort((hashes, np.where(large, -sizes, 0)))
     side_of = _place(order.tolist(), large.tolist(), sizes.tolist(), _members(unit_of, strata), wanted)
-    splits = np.array(names, dtype="<U5")[side_of][unit_of]
-    for name in names:
-        if not (splits == name).any():
-            raise InputError(f"{head}no samples are left for {name}: {facts}. Choose other fractions or finer groups.")
-    return np.asarray(splits)
+    side_of = _none_empty(np.asarray(side_of), sizes, hashes, len(names))
+    return np.asarray(np.array(names, dtype="<U5")[side_of][unit_of])
+
+
+def _none_empty(side_of: np.ndarray, sizes: np.ndarray, hashes: np.ndarray, n_sides: int) -> np.ndarray:
+    """Give a side that got nothing, since groups are few and large, the smallest group of a side that has several."""
+    for side in range(n_sides):
+        if not (side_of == side).any():
+            counts = np.bincount(side_of, minlength=n_sides)
+            spare = np.flatnonzero(counts[side_of] > 1)  # there are at least as many groups as sides
+            side_of[spare[np.lexsort((hashes[spare], sizes[spare]))[0]]] = side
+    return side_of
 
 
 def _members(unit_of: np.ndarray, strata: np.ndarray) -> list[list[tuple[int, int]]]:

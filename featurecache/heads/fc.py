@@ -39,8 +39,8 @@ class FCSettings(config.Settings):
 
     `dropout` stands before the last layer, half of it before each earlier one, as in fastai. `batch_size` auto is a
     fiftieth of the training rows, as a power of two between 32 and 512. `lr` is the peak of the one-cycle schedule.
-    Training ends when the validation loss has not improved for `patience` epochs, counted at the earliest from where `lr`
-    is at its peak; the best epoch is kept.
+    Training ends when the validation loss has not improved for `patience` epochs, counted at the earliest from the
+    peak of `lr`; the best epoch is kept.
     """
 
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (512,)

@@ -95,6 +95,12 @@ def test_no_group_is_torn_and_all_is_deterministic(groups, labels, seed, test):
         assert abs((splits == name).sum() - wanted * len(groups)) <= 1.5 * largest + 1
 
 
+def test_few_large_groups_leave_no_split_empty():
+    frame = table(10, group=["a"] * 6 + ["b"] * 4)
+    splits = make_splits(frame, classes([0, 1] * 5), SplitConfig(valid=0.2, test=0.0))
+    assert splits.tolist() == ["train"] * 6 + ["valid"] * 4
+
+
 def test_shared_images_join_groups():
     n = 60
     content = [(f"own{i}", "shared" if i in (3, 17, 40) else f"other{i}") for i in range(n)]
