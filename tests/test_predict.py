@@ -261,3 +261,18 @@ def test_the_store_holds_no_more_than_was_asked_for(home, tmp_path):
         assert [info.recipe.base for info in store.recipes()] == [
             recipe.base for recipe in list(fc.load_run(home / "runs/head").view_recipes.values())[:1]
         ]
+
+
+def test_moving_the_run_that_a_body_came_from_computes_nothing(home, tmp_path):
+    options = {
+        "views": TWO,
+        "body": f"run:{home / 'runs/joint'}",
+        "store": tmp_path / "store",
+        "store_dtype": "float32",
+    }
+    first = fc.extract(home / "new/samples.csv", trust_factory=["plugin_joint:tiny"], **options)
+    shutil.copytree(home / "runs/joint", tmp_path / "elsewhere")
+    options["body"] = f"run:{tmp_path / 'elsewhere'}"
+    second = fc.extract(home / "new/samples.csv", trust_factory=["plugin_joint:tiny"], **options)
+    assert first.computed > 0
+    assert (second.computed, second.recipes) == (0, first.recipes)
