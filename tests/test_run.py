@@ -222,8 +222,8 @@ def test_record_tells_nothing_about_the_machine(tmp_path):
     ("text", "expected"),
     [
         ("/data/store", "store"),
-        ("/work/runs/a", "a"),
-        ("/work/cache", "../cache"),
+        ("/srv/runs/a", "a"),
+        ("/srv/cache", "../cache"),
         ("sub/dir", "sub/dir"),
         ("../up", "../up"),
         ("C:\\Users\\ann\\cache", "cache"),
@@ -231,11 +231,11 @@ def test_record_tells_nothing_about_the_machine(tmp_path):
     ],
 )
 def test_portable_path(text, expected):
-    assert portable_path(text, Path("/work/runs")) == expected
+    assert portable_path(text, Path("/srv/runs")) == expected
 
 
 def test_portable_command():
-    base = Path("/work/runs")
+    base = Path("/srv/runs")
     assert portable_command("f --body a=run:/home/ann/r1 --split auto", base) == "f --body a=run:r1 --split auto"
     assert portable_command("f https://example.org/a --set lr=0.1", base) == "f https://example.org/a --set lr=0.1"
     assert portable_command("f 'unclosed /home/ann/x", base) == "f ''\"'\"'unclosed' x"
