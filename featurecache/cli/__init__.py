@@ -43,7 +43,7 @@ def version(
 def main() -> None:
     """Entry point of the `featurecache` command: as Typer would run it, but wrong use is told like any other error."""
     # Threads of OpenMP spin while they wait. Beside decoding threads, or another process, that takes the cores away
-    # from those who work: measured on 2 busy cores, 4 to 20 times slower. Read when torch is loaded, so set before.
+    # from those who work: measured on 2 busy cores, 2.5 to 16 times slower. Read when torch is loaded, so set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = app(prog_name="featurecache", standalone_mode=False)

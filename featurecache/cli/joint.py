@@ -116,5 +116,7 @@ def finetune_joint(
         with reporter(quiet=quiet) as progress:
             run = run_training(config, command=typed_command(), reporter=progress)
         show_run(output, run)
+        if run.record.get("best_epoch") == 0:
+            output.text("note      no epoch had a lower validation loss than the start, whose weights were kept")
         tuned = f"run:{output.outputs[0]}"
         output.next = f"featurecache extract {manifest} --store STORE --body {tuned} ... caches the tuned features"
