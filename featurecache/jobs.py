@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,50 @@ class Job:
         """Bytes that one image's features take in the store."""
         values = sum(math.prod(tap.shape) for tap in self.setup.taps)
         return values * np.dtype(self.recipe.storage_dtype).itemsize
+
+    @property
+    def images(self) -> int:
+        """Cells that hold an image."""
+        return len(self.cells)
+
+    @property
+    def stored(self) -> int:
+        """Cells that have a row."""
+        return len(self.done)
+
+    def known_contents(self) -> int:
+        """Different contents among the cells that have a row."""
+        return len({self.keys[index] for index in self.done})
+
+    def learn(self, cell: Cell, key: bytes) -> None:
+        """A cell was read: this is its key."""
+        self.keys[cell.index] = key
+
+    def fail(self, cell: Cell, message: str, *, transient: bool) -> None:
+        """A cell failed; `transient`: another run may not meet that again."""
+        self.failures[cell.index] = message
+        if transient:
+            self.transient.add(cell.index)
+
+    def first_failure(self) -> tuple[str, str]:
+        """What the manifest calls the first cell that failed, and the reason."""
+        index, message = next(iter(self.failures.items()))
+        return next(cell.value for cell in self.cells if cell.index == index), message
+
+    def spread(self, failed: Mapping[bytes, str], *, lasting: Set[bytes]) -> None:
+        """Every cell of a failed content failed. Contents that are not `lasting` failed for this run only."""
+        if not failed:
+            return
+        for index, key in self.keys.items():
+            if key in failed:
+                self.failures[index] = failed[key]
+                if key not in lasting:
+                    self.transient.add(index)
+
+    def settle(self, store: FeatureStore) -> None:
+        """The work is over: see which cells have a row now."""
+        if self.todo:
+            self.done = stored(self, store)
 
 
 def set_up_views(config: ExtractConfig, views: tuple[str, ...]) -> dict[str, ViewSetup]:

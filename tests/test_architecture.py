@@ -35,7 +35,7 @@ heads.record heads.fold heads.base heads.losses heads.rows heads.fc heads.logist
 results
 joint.schedule joint.checkpoint joint.model joint.images joint.runner joint.loop joint.build joint.save joint.start
 joint.samples joint.predict joint.finetune
-canary producer committer jobs extract dryrun
+canary producer committer jobs extraction extract dryrun
 fit tune newsamples predict evaluate api
 reporting.ablate reporting.compare reporting.explain
 pipeline demo

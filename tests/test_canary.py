@@ -7,12 +7,11 @@ import pytest
 from extract_kit import counts, features, image, recipe_ids, run, tree, write_images
 from PIL import Image
 
-from featurecache import canary
+from featurecache import canary, extraction
 from featurecache.canary import KEPT, canary_batch, check_canary, drift, sing, synthetic_images, versions
 from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.readers import get_reader
 from featurecache.errors import StoreError
-from featurecache.extract import extract
 from featurecache.store.store import FeatureStore
 
 
@@ -27,7 +26,7 @@ def drifting(monkeypatch, factor: float) -> None:
         song = sing(*args)
         return {**song, "taps": {tap: (np.array(rows) * factor).tolist() for tap, rows in song["taps"].items()}}
 
-    monkeypatch.setitem(extract.__globals__, "sing", off)
+    monkeypatch.setattr(extraction, "sing", off)
 
 
 def new_image(store) -> None:

@@ -31,9 +31,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from featurecache import extraction
 from featurecache.data.shipped import shipped_path
 from featurecache.errors import FeatureCacheError, InputError, StoreError
-from featurecache.extract import Extraction, extract
+from featurecache.extract import extract
+from featurecache.extraction import Extraction
 from featurecache.store.store import FeatureStore
 
 PENULTIMATE = "penultimate@none"
@@ -362,7 +364,7 @@ def test_progress_counts_what_is_to_do(data, tmp_path):
 
 
 def test_a_tap_that_is_dearer_to_read_than_to_compute(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(extract.__globals__, "READ_RATE", 1e3)
+    monkeypatch.setattr(extraction, "READ_RATE", 1e3)
     reporter = Notes()
     extract(config(data, tmp_path / "store", tap="bn1", batch_size=1), reporter)
     assert any("takes longer than computing it" in note and "Pool the taps" in note for note in reporter.notes)
