@@ -9,7 +9,7 @@ from typing import Any
 
 from featurecache.config import ExtractConfig, JointConfig
 from featurecache.errors import InputError, did_you_mean
-from featurecache.evaluate import Evaluation
+from featurecache.evaluate import Evaluation, evaluate_own
 from featurecache.evaluate import evaluate as run_evaluate
 from featurecache.extract import Summary
 from featurecache.extract import extract as run_extract
@@ -90,15 +90,32 @@ def predict(
 
 def evaluate(
     run: Run | str | Path,
-    manifest: str | Path,
+    manifest: str | Path | None = None,
     *,
+    by: str | None = None,
+    table: str | Path | None = None,
+    at: str | None = None,
     bootstrap: int = 1000,
     reporter: Reporter | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Measure a run on new labelled samples; arguments as for `predict`."""
+    """Measure a run on new labelled samples, or its own test samples by subgroups or at another threshold.
+
+    Args:
+        run: a run, or its directory.
+        manifest: new samples; None measures the run's own test samples again, which computes nothing.
+        by: a column of the manifest (or of `table`): each of its values is measured on its own, too.
+        table: without a manifest, where that column is, by `sample_id`.
+        at: `sensitivity=0.95` or `specificity=0.9`: decide there, as chosen on the run's own validation samples.
+        bootstrap: resamples of the groups per interval; 0 for none.
+        reporter: told of progress.
+        options: as for `predict`.
+    """
     opened = run if isinstance(run, Run) else load_run(run)
-    return run_evaluate(opened, new_samples(manifest, options), bootstrap=bootstrap, reporter=reporter)
+    if manifest is None:
+        return evaluate_own(opened, by=by, table=table, at=at, bootstrap=bootstrap)
+    new = new_samples(manifest, options)
+    return run_evaluate(opened, new, by=by, at=at, bootstrap=bootstrap, reporter=reporter)
 
 
 def new_samples(sources: str | Path | Sequence[str | Path], options: dict[str, Any]) -> NewSamples:

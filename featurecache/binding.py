@@ -18,9 +18,8 @@ from featurecache.data.readers.base import ReadFailure
 from featurecache.data.selectors import selector_columns
 from featurecache.data.tables import ARRAY_SUFFIXES, IMAGE_SUFFIXES, read_source
 from featurecache.errors import InputError
-from featurecache.keys import Cell, present_cells, read_payload, unchanged
+from featurecache.keys import Cells, Keys, last_keys, present_cells, read_payload, unchanged
 from featurecache.store.binding import CELL_SCHEMA, Binding
-from featurecache.store.recipe import KEY_BYTES, content_key
 from featurecache.store.store import FeatureStore
 
 Place = tuple[str, str, int]  # sample id, view, ordinal
@@ -110,8 +109,10 @@ def known_cells(store: FeatureStore, binding: Binding, manifest: Manifest, confi
         if key is not None:
             states[view][key] = state
     same = _Unchanged(binding, manifest, config)
-    keys = content_keys(store, present_cells(manifest.cells))
-    extracted = _extracted(store, binding, manifest, keys)
+    cells = present_cells(manifest.cells)
+    known = content_keys(store, cells)
+    extracted = _extracted(store, binding, cells, known)
+    keys = {index: key for index, key in zip(cells.indices.tolist(), known.to_list(), strict=True) if key is not None}
     names = manifest.table["sample_id"].to_list()
     found: list[tuple[bytes | None, str]] = []
     problems = []
@@ -143,33 +144,29 @@ def known_cells(store: FeatureStore, binding: Binding, manifest: Manifest, confi
     )
 
 
-def content_keys(store: FeatureStore, cells: Sequence[Cell]) -> dict[int, bytes]:
-    """Keys by cell index; a file is read only if it may have changed, and where it is gone, what it held counts."""
+def content_keys(store: FeatureStore, cells: Cells) -> Keys:
+    """Keys of the cells; a file is read only if it may have changed, and where it is gone, what it held counts."""
     keys = unchanged(cells, store)
-    rest = [cell for cell in cells if cell.index not in keys]
-    gone = [cell for cell in rest if cell.kind == "file" and not os.path.exists(cell.location)]
-    records = store.payloads([cell.location for cell in gone])
-    for cell in gone:
-        if cell.location in records:
-            keys[cell.index] = content_key(cell.kind, cell.selector, records[cell.location].sha256)
-    lost = {cell.index for cell in gone}
-    for cell in rest:
-        payload = None if cell.index in lost else read_payload(cell)
-        if payload is not None and not isinstance(payload, ReadFailure):
-            keys[cell.index] = payload.key
+    last = last_keys(cells, store)
+    for place in np.flatnonzero(~keys.known).tolist():
+        cell = cells[place]
+        if cell.kind == "file" and not os.path.exists(cell.location):
+            key = last[place]
+        else:
+            payload = read_payload(cell)
+            key = None if isinstance(payload, ReadFailure) else payload.key
+        if key is not None:
+            keys[place] = key
     return keys
 
 
-def _extracted(store: FeatureStore, binding: Binding, manifest: Manifest, keys: Mapping[int, bytes]) -> set[int]:
+def _extracted(store: FeatureStore, binding: Binding, cells: Cells, keys: Keys) -> set[int]:
     """Indices of the cells whose content has a row in the recipe of their view."""
-    views = manifest.cells["view"].to_list()
+    views = cells.column("view")
     found: set[int] = set()
     for view, recipe in binding.recipes.items():
-        mine = [index for index in keys if views[index] == view]
-        if mine:
-            packed = np.frombuffer(b"".join(keys[index] for index in mine), np.uint8)
-            rows = store.rows(recipe, packed.reshape(len(mine), KEY_BYTES))
-            found |= {index for index, row in zip(mine, rows.tolist(), strict=True) if row >= 0}
+        mine = np.flatnonzero((views == view).to_numpy() & keys.known)
+        found.update(cells.indices[mine[store.rows(recipe, keys.values[mine]) >= 0]].tolist())
     return found
 
 

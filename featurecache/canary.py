@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featurecache.bodies.engines import Engine
+from featurecache.data.preprocessing import stack
 from featurecache.data.readers.base import Decoded, Reader
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import StoreError
+from featurecache.replicas import DrawnVersion
 
 INPUTS = 4
 KEPT = 256  # values kept per input and tap: enough to see drift, small enough for an attribute of a Zarr group
@@ -37,6 +39,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def changed_versions(recorded: Mapping[str, Any]) -> list[str]:
+    """`torch 2.13.0 then, 2.14.1 now`: the libraries that differ from those recorded beside a recipe."""
+    before, after = recorded.get("versions", {}), versions()
+    return [
+        f"{library} {before.get(library, 'absent')} then, {after.get(library, 'absent')} now"
+        for library in sorted({*before, *after})
+        if before.get(library) != after.get(library)
+    ]
+
+
 def synthetic_images(size: int = 256) -> list[NDArray[np.uint8]]:
     """Four fixed RGB images, (size, size, 3): gradients, rings, stripes and blocks, made by integer arithmetic."""
     y, x = np.mgrid[0:size, 0:size].astype(np.int64)
@@ -50,7 +62,7 @@ def synthetic_images(size: int = 256) -> list[NDArray[np.uint8]]:
     return [np.stack([plane % 256 for plane in channels], axis=-1).astype(np.uint8) for channels in planes]
 
 
-def canary_batch(reader: Reader, preprocessing: Preprocessing) -> torch.Tensor:
+def canary_batch(reader: Reader, preprocessing: Preprocessing | DrawnVersion) -> torch.Tensor:
     """The synthetic inputs as the body gets them: through the image reader where that is the reader of the view."""
     outputs = []
     for pixels in synthetic_images():
@@ -62,14 +74,14 @@ def canary_batch(reader: Reader, preprocessing: Preprocessing) -> torch.Tensor:
             repeats = -(-preprocessing.channels // 3)
             decoded = Decoded(np.ascontiguousarray(np.tile(pixels, repeats)[..., : preprocessing.channels]), 255.0)
         outputs.append(preprocessing.apply(decoded))
-    return torch.stack(outputs)
+    return stack(outputs)
 
 
 VERSION = 1  # of the synthetic inputs and of which values are kept
 Song = dict[str, Any]
 
 
-def sing(engine: Engine, reader: Reader, preprocessing: Preprocessing, names: list[str]) -> Song:
+def sing(engine: Engine, reader: Reader, preprocessing: Preprocessing | DrawnVersion, names: list[str]) -> Song:
     """The canary: `{"version": 1, "taps": {name: INPUTS lists of up to KEPT values}}`, taken evenly over the features.
 
     What is not finite is None, since JSON has no word for it.
@@ -118,12 +130,7 @@ def check_canary(
         found = drift(now["taps"].get(name, []), rows)
         if found <= TOLERANCE[precision]:
             continue
-        before, after = recorded.get("versions", {}), versions()
-        changed = [
-            f"{library} {before.get(library, 'absent')} then, {after.get(library, 'absent')} now"
-            for library in sorted({*before, *after})
-            if before.get(library) != after.get(library)
-        ]
+        changed = changed_versions(recorded)
         raise StoreError(
             f"recipe {recipe}: this process computes other features than the one that made it. Tap {name} drifts "
             f"by {found:.3g} (tolerance {TOLERANCE[precision]:g}). Nothing was added to it. Versions: "

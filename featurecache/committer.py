@@ -18,7 +18,8 @@ from featurecache.store.store import FeatureStore
 
 WAITING = 4  # batches between device and disk
 DUE_EVERY = 5.0  # seconds between looks at whether a commit is due while no batch comes
-LEARNT_EVERY = 5.0  # seconds between commits of stat records and failures
+LEARNT_EVERY = 5.0  # seconds between commits of stat records and failures,
+LEARNT_MOST = 4096  # or files: what is known of one takes half a kilobyte
 
 Batch = tuple[NDArray[np.uint8], Mapping[str, NDArray[np.float32]]]
 
@@ -30,8 +31,8 @@ class Committer:
         refused: contents whose features were not finite, so far: {key: reason}.
     """
 
-    def __init__(self, store: FeatureStore, recipe_id: str, seconds: Seconds) -> None:
-        self._store, self._recipe_id, self._seconds = store, recipe_id, seconds
+    def __init__(self, store: FeatureStore, recipe_id: str, seconds: Seconds, replica: int | None = None) -> None:
+        self._store, self._recipe_id, self._seconds, self._replica = store, recipe_id, seconds, replica
         self._queue: queue.Queue[Batch | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self.refused: dict[bytes, str] = {}
@@ -80,8 +81,10 @@ class Committer:
         try:
             with self._store.appender(self._recipe_id) as appender:
                 while (batch := self._next(appender)) is not None:
+                    keys, arrays = batch
+                    number = None if self._replica is None else np.full(len(keys), self._replica, np.int32)
                     with self._writing():
-                        appender.append(*batch)
+                        appender.append(keys, arrays, number)
                     if len(appender.refused) > len(self.refused):
                         self.refused = dict(appender.refused)
                 with self._writing():
@@ -117,7 +120,7 @@ class Learnt:
     def file(self, record: StatRecord) -> None:
         """A file was read and hashed."""
         self._records.append(record)
-        if time.monotonic() - self._since > LEARNT_EVERY:
+        if len(self._records) >= LEARNT_MOST or time.monotonic() - self._since > LEARNT_EVERY:
             self.flush()
 
     def failure(self, recipe_id: str, key: bytes, reader_id: str, message: str) -> None:

@@ -194,7 +194,7 @@ class ExtractConfig(ManifestConfig, BodyConfig, DeviceConfig):
     store: Path
     name: str | None = None
     replace: bool = False
-    seed: int | None = None  # of random weights; without it `weights = "none"` is refused
+    seed: int | None = None  # of random weights; without it `weights = "none"` is refused; of replicas, there 0
     tap: Annotated[dict[str, tuple[Tap, ...]], BeforeValidator(_taps)] = {ANY_VIEW: (Tap(),)}
     engine: Engine = "auto"
     store_dtype: Literal["float16", "float32"] = "float16"
@@ -203,6 +203,8 @@ class ExtractConfig(ManifestConfig, BodyConfig, DeviceConfig):
     check: Literal["stat", "content"] = "stat"
     on_error: Literal["skip", "stop"] = "skip"
     retry_failed: bool = False
+    replicas: int = 0  # augmented versions of each image, beside the plain one
+    augment: tuple[str, ...] = ()  # default crop and flip
 
 
 class SplitConfig(Settings):
@@ -247,6 +249,10 @@ class FitConfig(SplitConfig, TargetConfig):
     memory: int | Literal["auto"] = "auto"
     device: str = "auto"
     bootstrap: int = 1000
+    replicas: Literal["all", "none"] = "all"
+    at: str | None = None
+    calibrate: Literal["temperature", "isotonic"] | None = None
+    cv: int | None = None
 
 
 class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):

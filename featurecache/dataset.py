@@ -1,12 +1,12 @@
-"""FeatureDataset: a dataset of a store as rows of features and targets, in RAM where they fit, else from disk."""
+"""FeatureDataset: a dataset of a store as rows of features and targets."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -17,95 +17,18 @@ from featurecache.binding import check_fresh, rebind, short_list
 from featurecache.config import ANY_VIEW, for_view
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, did_you_mean
+from featurecache.export import to_frame, to_xarray
 from featurecache.features import Block
+from featurecache.pairs import PairDataset
+from featurecache.reading import Memory, StoreFeatures, ViewRows
+from featurecache.stacked import Replicas, find_replicas
 from featurecache.store.binding import Binding
 from featurecache.store.recipe import Recipe
-from featurecache.store.store import FeatureStore, RecipeInfo
+from featurecache.store.store import FeatureStore
+from featurecache.stream import FeatureStream
 
-NO_ROW = -1
-RAM_SHARE = 0.5  # of the free memory, for features held in RAM under memory="auto"
-
-
-@dataclass(frozen=True)
-class ViewRows:
-    """Where the rows of one view lie: `rows` is (n_samples, n_ordinals) row ids, NO_ROW where there is none."""
-
-    view: str
-    info: RecipeInfo
-    taps: dict[str, tuple[int, ...]]  # name -> shape of a row
-    rows: NDArray[np.int64]
-    pending: NDArray[np.int64]  # samples with an image that is not yet extracted
-    failed: NDArray[np.int64]  # samples with an image that could not be read
-
-
-class StoreFeatures:
-    """Features of samples, (n_samples, n_features), joined across views; see `featurecache.features.Features`."""
-
-    def __init__(
-        self, store: FeatureStore, parts: Sequence[ViewRows], multi: str, memory: int | Literal["auto"] = "auto"
-    ) -> None:
-        self._store, self._parts, self._multi = store, tuple(parts), multi
-        blocks, start = [], 0
-        for part in self._parts:
-            for tap, shape in part.taps.items():
-                width = int(np.prod(shape))
-                blocks.append(Block(part.view, tap, start, start + width, shape))
-                start += width
-        self.blocks: tuple[Block, ...] = tuple(blocks)
-        self.shape: tuple[int, int] = (len(self._parts[0].rows), start)
-        self.in_ram = self.nbytes <= (RAM_SHARE * free_memory() if memory == "auto" else memory)
-        self._ram: dict[tuple[str, str], NDArray[Any]] = {}
-        self._positions: dict[str, NDArray[np.int64]] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct rows, as stored."""
-        total = 0
-        for part in self._parts:
-            distinct = len(np.unique(part.rows[part.rows >= 0]))
-            itemsize = np.dtype(part.info.recipe.fields["storage_dtype"]).itemsize
-            total += distinct * itemsize * sum(int(np.prod(shape)) for shape in part.taps.values())
-        return total
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(len(rows), n_features) float32; all of a block is NaN where the sample lacks that view."""
-        rows = np.asarray(rows)
-        out = np.full((len(rows), self.shape[1]), np.nan, dtype=np.float32)
-        blocks = iter(self.blocks)
-        for part in self._parts:
-            wanted = part.rows[rows]
-            for tap in part.taps:
-                block = next(blocks)
-                self._fill(out[:, block.start : block.stop], part, tap, wanted)
-        return out
-
-    def _fill(self, out: NDArray[np.float32], part: ViewRows, tap: str, wanted: NDArray[np.int64]) -> None:
-        """One block of a batch; several images of a view are joined by mean or max over those that are there."""
-        held = wanted >= 0
-        if wanted.shape[1] == 1 or self._multi == "first":
-            some = held[:, 0]
-            out[some] = self._read(part, tap, wanted[some, 0]).reshape(int(some.sum()), -1)
-            return
-        values = np.full((*wanted.shape, out.shape[1]), np.nan, dtype=np.float32)
-        values[held] = self._read(part, tap, wanted[held]).reshape(int(held.sum()), -1)
-        some = np.asarray(held.any(axis=1))
-        reduce = np.nanmax if self._multi == "max" else np.nanmean
-        out[some] = reduce(values[some], axis=1)
-
-    def _read(self, part: ViewRows, tap: str, ids: NDArray[np.int64]) -> NDArray[Any]:
-        held = (part.view, tap) in self._ram
-        # A DataLoader's worker reads from the mapped file: a copy of all features in each would take n times the RAM.
-        if not held and (not self.in_ram or torch.utils.data.get_worker_info() is not None):
-            return self._store.read(part.info.id, tap, ids)
-        if not held:
-            distinct = np.unique(part.rows[part.rows >= 0])
-            self._positions[part.view] = distinct
-            self._ram[part.view, tap] = self._store.read(part.info.id, tap, distinct)
-        return self._ram[part.view, tap][np.searchsorted(self._positions[part.view], ids)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is in RAM: whoever unpickles reads it again."""
-        return {**self.__dict__, "_ram": {}, "_positions": {}}
+if TYPE_CHECKING:
+    import xarray
 
 
 class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -125,7 +48,10 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
             `drop` leaves them out, `error` refuses.
         allow_partial: take what is there although extraction has not ended.
         manifest: a corrected manifest whose labels are to be bound; images must be the same.
-        memory: bytes of features to hold in RAM; above it rows are mapped from disk. `auto`: half of what is free.
+        memory: bytes of features to hold in RAM; above it they are streamed. `auto` maps files that can be mapped, see
+            `featurecache.reading.choose_mode`; `features.mode` says what was chosen.
+        replicas: whether heads learn from the random versions of the images too, where the dataset was extracted with
+            `--replicas`. Features, targets and lengths here are always those of the plain images.
 
     Attributes:
         sample_ids: (n,) array of str.
@@ -156,7 +82,8 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         missing: str = "zero",
         allow_partial: bool = False,
         manifest: str | Path | None = None,
-        memory: int | Literal["auto"] = "auto",
+        memory: Memory = "auto",
+        replicas: Literal["all", "none"] = "all",
     ) -> None:
         if manifest is not None:
             with FeatureStore.create_or_open(store, write=True) as writable:
@@ -184,6 +111,10 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         self.sample_ids: NDArray[np.str_] = self.table["sample_id"].to_numpy().astype(np.str_)
         self.present: NDArray[np.bool_] = held[kept]
         self.features = StoreFeatures(self.store, parts, self.binding.multi, memory)
+        self._find_replicas = partial(
+            find_replicas, self.store, self.binding, parts=parts, kept=kept, memory=memory, allow_partial=allow_partial
+        )
+        self._with_replicas = replicas == "all"
         self.recipes: dict[str, Recipe] = {part.view: part.info.recipe for part in parts}
         self.content = sample_content(self.binding, self.views, kept)
         self.target: Target | None = None
@@ -197,6 +128,15 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
     def blocks(self) -> tuple[Block, ...]:
         """Which columns belong to which view and tap."""
         return self.features.blocks
+
+    @cached_property
+    def replicas(self) -> Replicas | None:
+        """Random versions of the images, which heads learn from too; None where there are none, or they aren't wanted.
+
+        Raises:
+            InputError: they are not yet extracted.
+        """
+        return self._find_replicas(self.features) if self._with_replicas else None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -220,13 +160,32 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         values = None if self.target is None else self.target.values
         return self.features[np.arange(len(self))], values
 
+    def arrow(self) -> pl.DataFrame:
+        """All samples as a table that any Arrow library takes without a copy, as in `pyarrow.table(dataset.arrow())`.
 
-def free_memory() -> int:
-    """Bytes of memory that are free now; 4 GiB where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
+        The manifest's columns, `sample_id` first, then `view.tap`, a fixed-size list of float32, null where the sample
+        lacks the view. `.write_parquet(path)` writes it; `featurecache.export.export` writes what is larger than RAM.
+        """
+        return to_frame(self.features, self.table)
+
+    def xarray(self) -> xarray.Dataset:
+        """All samples as an xarray Dataset with named dimensions; see `featurecache.export.to_xarray`."""
+        return to_xarray(self.features, self.sample_ids, self.target)
+
+    def stream(self, rows: NDArray[np.int64] | None = None, **options: Any) -> FeatureStream:
+        """Batches by whole chunks, for a plain loop or a DataLoader with `batch_size=None`; see `FeatureStream`."""
+        return FeatureStream(self.features, self.target, rows, **options)
+
+    def pairs(self, rows: NDArray[np.int64] | None = None, **options: Any) -> PairDataset:
+        """Pairs of the same and of different classes; see `featurecache.pairs.PairDataset`.
+
+        Raises:
+            InputError: the dataset has no target, or one without classes.
+        """
+        if self.target is None:
+            raise InputError("pairs need a target: give target=COLUMN")
+        rows = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        return PairDataset(self.features, rows, self.target.subset(rows), **options)
 
 
 def find_binding(store: FeatureStore, name: str) -> Binding:

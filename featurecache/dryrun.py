@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers.base import ReadFailure
@@ -18,10 +20,12 @@ from featurecache.jobs import (
     check_replaced,
     plan_jobs,
     remembered_failures,
+    replica_number,
     set_up_views,
+    stored,
     with_earlier_views,
 )
-from featurecache.keys import Cell, Payload, key_array, read_payload
+from featurecache.keys import Cell, Payload, read_payload
 from featurecache.producer import cores
 from featurecache.progress import Reporter, Silent
 from featurecache.store.binding import Binding
@@ -58,6 +62,8 @@ class Plan:
     samples: int
     views: list[ViewPlan]
     duplicates: list[str]
+    replicas: int = 0  # of each image
+    replicas_to_compute: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Flat figures, and the reasons per view."""
@@ -68,6 +74,8 @@ class Plan:
             "reused": sum(plan.reused for plan in self.views),
             "to_compute": sum(plan.to_compute for plan in self.views),
             "known_failures": sum(plan.failed for plan in self.views),
+            "replicas": self.replicas,
+            "replicas_to_compute": self.replicas_to_compute,
             "reasons": {plan.view: dict(plan.reasons) for plan in self.views},
             "engines": {plan.view: plan.engine for plan in self.views},
             "duplicates_across_splits": self.duplicates,
@@ -81,6 +89,8 @@ class Plan:
             counts = f"reused {plan.reused:,}, to compute {plan.to_compute:,}{failing}"
             lines.append(f"view      {plan.view}: {counts} ({plan.engine})")
             lines += [f"            {count:,} {reason}" for reason, count in plan.reasons.most_common()]
+        if self.replicas:
+            lines.append(f"replicas  {self.replicas} of each image: to compute {self.replicas_to_compute:,}")
         if self.duplicates:
             lines.append(f"warning   {len(self.duplicates)} contents stand on two sides of the split:")
             lines += [f"            {text}" for text in self.duplicates[:10]]
@@ -124,51 +134,64 @@ def assemble(
     for job in jobs:
         failing = hash_cells(job, reporter)
         before = remembered_failures(job, store) if store is not None else {}
-        again = {index for index, key in job.keys.items() if key in before}
+        again = {int(job.cells.indices[place]) for place, _ in job.keys.places_of(list(before))}
         if not config.retry_failed:
             failing |= dict.fromkeys(again, f"failed before ({RETRY})")
         reasons = dict.fromkeys(again, "failed before") | why(job, manifest, store, previous, failing.keys() | again)
-        keys |= job.keys
-        for cell in job.cells:
-            plan = plans[views[cell.index]]
+        indices = job.cells.indices.tolist()
+        keys |= {index: key for index, key in zip(indices, job.keys.to_list(), strict=True) if key is not None}
+        for index in indices:
+            plan = plans[views[index]]
             plan.images += 1
-            if cell.index in failing:
+            if index in failing:
                 plan.failed += 1
-                plan.reasons[failing[cell.index]] += 1
-            elif cell.index in reasons:
-                plan.reasons[reasons[cell.index]] += 1
+                plan.reasons[failing[index]] += 1
+            elif index in reasons:
+                plan.reasons[reasons[index]] += 1
             else:
                 plan.reused += 1
-    return Plan(name, manifest.table.height, list(plans.values()), duplicates_across_splits(manifest, keys))
+    duplicates = duplicates_across_splits(manifest, keys)
+    drawn = sum(replicas_to_compute(job, store, config) for job in jobs)
+    return Plan(name, manifest.table.height, list(plans.values()), duplicates, config.replicas, drawn)
+
+
+def replicas_to_compute(job: Job, store: FeatureStore | None, config: ExtractConfig) -> int:
+    """Rows of replicas that are not there; a content that can't be read after all will have none."""
+    contents = np.unique(job.keys.values[job.keys.known], axis=0)
+    found = 0
+    for number in range(config.replicas):
+        recipe = replica_number(number, config, job).recipe(job.recipe)
+        held = store is not None and any(info.recipe == recipe for info in store.find(recipe))
+        rows = store.rows(recipe.id, contents, number) if store is not None and held else np.full(len(contents), -1)
+        found += int((rows < 0).sum())
+    return found
 
 
 def why(
     job: Job, manifest: Manifest, store: FeatureStore | None, previous: Binding | None, told: Set[int]
 ) -> dict[int, str]:
     """For each cell that would be computed, the reason: {cell index: reason}; cells in `told` have theirs already."""
-    pending = [cell for cell in job.todo if cell.index not in told]
-    keys = [job.keys[cell.index] for cell in pending]
-    held = [False] * len(pending)
-    if store is not None and pending and job.info is not None:
-        held = (store.rows(job.recipe.id, key_array(keys)) >= 0).tolist()
+    places = [job.cells.place(index) for index in job.todo.indices.tolist() if index not in told]
+    pending, keys = job.cells.indices[places].tolist(), [job.keys.values[place].tobytes() for place in places]
+    held = np.zeros(len(job.cells), np.bool_) if store is None else stored(job, store)
     changed = recipe_changes(job, store, previous)
     earlier = earlier_keys(previous)
     cells = manifest.cells.select("sample", "view", "ordinal").rows()
     ids = manifest.table["sample_id"].to_list()
     reasons: dict[int, str] = {}
     first: set[bytes] = set()
-    for cell, key, known in zip(pending, keys, held, strict=True):
+    for index, key, known in zip(pending, keys, held[places].tolist(), strict=True):
         if known or key in first:
             continue
         first.add(key)  # equal content is computed once
-        sample, view, ordinal = cells[cell.index]
+        sample, view, ordinal = cells[index]
         before = earlier.get((ids[sample], view, ordinal))
         if before is not None and before != key:
-            reasons[cell.index] = "bytes changed"
+            reasons[index] = "bytes changed"
         elif before is not None and changed.get(view):
-            reasons[cell.index] = f"recipe changed: {changed[view]}"
+            reasons[index] = f"recipe changed: {changed[view]}"
         else:
-            reasons[cell.index] = "new"
+            reasons[index] = "new"
     return reasons
 
 
@@ -188,7 +211,7 @@ def hash_cells(job: Job, reporter: Reporter) -> dict[int, str]:
             if isinstance(payload, ReadFailure):
                 unread[cell.index] = f"can't be read: {payload.message}"
             else:
-                job.keys[cell.index] = payload.key
+                job.learn(cell, payload.key)
     reporter.end(task)
     return unread
 

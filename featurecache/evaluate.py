@@ -1,11 +1,13 @@
-"""Measures a run on new labelled samples, into RUN/evaluations/; the run's own files stay as they are."""
+"""Measures a run on new labelled samples or by subgroups of its own, into RUN/evaluations/; its own files stay."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ import polars as pl
 
 from featurecache.data.manifest import read_manifest
 from featurecache.data.splits import sample_groups
+from featurecache.data.tables import as_text, read_source
 from featurecache.data.targets import Target, read_target
-from featurecache.errors import InputError
+from featurecache.errors import InputError, did_you_mean
+from featurecache.evaluation.subgroups import Subgroup, by_subgroup
+from featurecache.evaluation.threshold import At
 from featurecache.newsamples import NewSamples, is_table, manifest_config
 from featurecache.predict import Scored, score_samples
+from featurecache.predictions import Predictions
 from featurecache.progress import Reporter
 from featurecache.record import dump_json
-from featurecache.results import make_predictions, measure
+from featurecache.results import find_threshold, make_predictions, measure, to_target
 from featurecache.run import Run
 
 FOLDER = "evaluations"
@@ -30,30 +36,60 @@ NO_THRESHOLD = {"value": None}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Where an evaluation was written, its metrics (all under `test`) and what was scored."""
+    """Where an evaluation was written, and its metrics, all under `test`.
+
+    Attributes:
+        path: its folder.
+        metrics: as in metrics.json, with `by` where subgroups were asked for.
+        scored: the new samples; None where the run's own test samples were measured.
+        subgroups: by value of the column asked for.
+        notes: what to know of the figures.
+    """
 
     path: Path
     metrics: dict[str, Any]
-    scored: Scored
+    scored: Scored | None
+    subgroups: list[Subgroup] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
-    run: Run, new: NewSamples, *, bootstrap: int = 1000, reporter: Reporter | None = None, seed: int = 0
+    run: Run,
+    new: NewSamples,
+    *,
+    by: str | None = None,
+    at: str | None = None,
+    bootstrap: int = 1000,
+    reporter: Reporter | None = None,
+    seed: int = 0,
 ) -> Evaluation:
     """Score new samples and compare with their labels, by the run's own threshold.
 
     Writes metrics.json, predictions.csv and evaluation.json into RUN/evaluations/<stem of the manifest>/, in the place
     of what an earlier evaluation of that name left.
 
+    Args:
+        run: a fitted run.
+        new: a manifest with the run's target.
+        by: column of the manifest; each of its values is measured on its own, too.
+        at: decide at a fixed sensitivity or specificity (`sensitivity=0.95`); the threshold is chosen on the run's own
+            validation samples. Default the run's threshold.
+        bootstrap: resamples of the groups per interval.
+        reporter: told of progress.
+        seed: of the resampling.
+
     Raises:
-        InputError: no manifest was given, it lacks the target, or holds a class that the run does not know.
+        InputError: no manifest was given, it lacks the target or column, or holds a class that the run does not know.
         RecipeMismatchError: see `predict`.
     """
+    threshold = decision(run, at)
     if len(new.sources) != 1 or not is_table(new.sources[0]):
         raise InputError(
             f"{new.sources[0]}: labels are needed: give a manifest or a folder with a sub-folder per class"
         )
     table, target = read_labels(run, new)  # before anything is computed
+    if by is not None:
+        check_column(table, by, new.sources[0])
     scored = score_samples(run, new, reporter)
     row_of = {name: row for row, name in enumerate(table["sample_id"].to_list())}
     target = target.subset(np.array([row_of[name] for name in scored.sample_ids.tolist()], dtype=np.int64))
@@ -69,22 +105,131 @@ def evaluate(
         views=run.views,
         present=scored.present,
     )
-    threshold = run.threshold or NO_THRESHOLD
-    metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
+    column = as_text(scored.table[by]).to_list() if by is not None else None
     source = Path(os.path.abspath(new.sources[0]))
-    path = run.path / FOLDER / source.stem
+    about = {"manifest": source.name, "n": len(scored.sample_ids), "failed": scored.failures}
+    found = _measured(run, predictions, threshold, by, column, source.stem, about, bootstrap=bootstrap, seed=seed)
+    # The head of a cross-validation was fitted on all samples in the end, though each is a test sample of one fold.
+    held_out = run.arrays.splits == ("" if run.record.get("cv") else SPLIT)
+    trained = set(run.arrays.sample_ids[~held_out].tolist()) & set(scored.sample_ids.tolist())
+    if trained:
+        found.notes.append(
+            f"{len(trained):,} of these samples have the ids of samples that the run was fitted or tuned on: "
+            "figures on them say too much"
+        )
+    return Evaluation(found.path, found.metrics, scored, found.subgroups, found.notes)
+
+
+def evaluate_own(
+    run: Run,
+    *,
+    by: str | None = None,
+    table: str | Path | None = None,
+    at: str | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure the run's own test samples again: by subgroups, or at another threshold. Nothing is computed anew.
+
+    Args:
+        run: a fitted run.
+        by: a column of `table`.
+        table: CSV or Parquet with `sample_id` and the column, such as the manifest that the run was fitted on.
+        at: see `evaluate`.
+        bootstrap: see `evaluate`.
+        seed: see `evaluate`.
+
+    Raises:
+        InputError: no table for the column, no such column, or test samples that the table does not have.
+    """
+    threshold = decision(run, at)
+    predictions = run.arrays.of(SPLIT)
+    if not len(predictions.sample_ids):
+        raise InputError(f"{run.path}: the run has no test samples; give a MANIFEST of new ones")
+    column = None
+    if by is not None:
+        if table is None:
+            raise InputError(
+                f"--by {by}: say with --table where the column is (the manifest of the run), or give MANIFEST"
+            )
+        column = joined_column(Path(table), by, predictions.sample_ids.tolist())
+    stem = "test" + (f"-by-{by}" if by else "") + (f"-at-{at}" if at else "")
+    about: dict[str, Any] = {"manifest": None, "n": len(predictions.sample_ids), "failed": []}
+    return _measured(run, predictions, threshold, by, column, stem, about, bootstrap=bootstrap, seed=seed)
+
+
+def decision(run: Run, at: str | None) -> Mapping[str, Any]:
+    """The run's threshold, or one for a wanted figure, chosen on the run's own validation samples."""
+    if at is None:
+        return run.threshold or NO_THRESHOLD
+    wanted = At.parse(at)
+    if not len(run.arrays.of("valid").sample_ids):
+        raise InputError(f"--at {at}: the run has no validation samples to choose a threshold on")
+    return find_threshold(run.arrays, wanted)
+
+
+def check_column(table: pl.DataFrame, by: str, source: str | Path) -> None:
+    """Refuse a column that is not there."""
+    if by not in table.columns:
+        near = did_you_mean(by, table.columns)
+        raise InputError(f"{source}: no column {by!r}.{near} Columns: {', '.join(table.columns[:20])}")
+
+
+def joined_column(path: Path, by: str, ids: Sequence[str]) -> list[str | None]:
+    """A column of a table for these samples.
+
+    Raises:
+        InputError: no `sample_id` or no such column, or samples that are missing or there twice with other values.
+    """
+    table = read_source(path).frame
+    for name in ("sample_id", by):
+        check_column(table, name, path)
+    values: dict[str, str | None] = {}
+    pairs = zip(as_text(table["sample_id"]).to_list(), as_text(table[by]).to_list(), strict=True)
+    for name, value in pairs:
+        if name is not None and values.setdefault(name, value) != value:
+            raise InputError(f"{path}: sample {name!r} has several values of {by!r}: {values[name]!r} and {value!r}")
+    absent = [name for name in ids if name not in values]
+    if absent:
+        raise InputError(f"{path}: {len(absent):,} test samples of the run are not there, such as {absent[0]!r}")
+    return [values[name] for name in ids]
+
+
+def _measured(
+    run: Run,
+    predictions: Predictions,
+    threshold: Mapping[str, Any],
+    by: str | None,
+    column: Sequence[str | None] | None,
+    stem: str,
+    about: Mapping[str, Any],
+    *,
+    bootstrap: int,
+    seed: int,
+) -> Evaluation:
+    """Metrics of predictions, all of them test samples, written into RUN/evaluations/<stem>/."""
+    metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
+    subgroups: list[Subgroup] = []
+    if column is not None:
+        value = threshold["value"]
+        subgroups = by_subgroup(
+            to_target(predictions), predictions.scores, predictions.groups, column,
+            threshold=value, n=bootstrap, seed=seed,
+        )  # fmt: skip
+        metrics["by"] = {"column": by, "subgroups": {part.value: part.to_json() for part in subgroups}}
+    path = run.path / FOLDER / re.sub(r"[^\w.=+-]+", "_", stem)
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
         made = Path(scratch) / path.name
         made.mkdir()
         predictions.table(threshold["value"]).write_csv(made / "predictions.csv")
         (made / "metrics.json").write_text(dump_json(metrics), encoding="utf-8")
-        figures = {"manifest": source.name, "n": len(scored.sample_ids), "failed": scored.failures}
-        (made / "evaluation.json").write_text(dump_json({"schema": 1, **figures}), encoding="utf-8")
+        record = {"schema": 1, **about, "by": by, "threshold": dict(threshold)}
+        (made / "evaluation.json").write_text(dump_json(record), encoding="utf-8")
         if path.exists():
             shutil.rmtree(path)
         os.replace(made, path)
-    return Evaluation(path, metrics, scored)
+    return Evaluation(path, metrics, None, subgroups, notes=[])
 
 
 def read_labels(run: Run, new: NewSamples) -> tuple[pl.DataFrame, Target]:

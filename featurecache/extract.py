@@ -11,10 +11,12 @@ from featurecache.config import ExtractConfig
 from featurecache.data.manifest import read_manifest
 from featurecache.extraction import Extraction
 from featurecache.jobs import (
+    Job,
     check_replaced,
     list_failures,
     make_binding,
     plan_jobs,
+    plan_replicas,
     set_up_views,
     with_earlier_views,
     write_failures,
@@ -22,7 +24,7 @@ from featurecache.jobs import (
 from featurecache.producer import Seconds
 from featurecache.progress import Reporter, Silent
 from featurecache.store.store import FeatureStore
-from featurecache.viewsetup import check_options
+from featurecache.viewsetup import check_engines, check_options
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ class Summary:
     recipes: dict[str, str]
     engines: dict[str, str]
     failures: list[dict[str, str]] = field(default_factory=list)
+    replicas: int = 0  # of each image
+    replicas_computed: int = 0
+    replicas_reused: int = 0
 
     @property
     def images_per_second(self) -> float:
-        """Images computed per second of the whole run, start-up included."""
-        return self.computed / max(self.seconds["seconds_total"], 1e-9)
+        """Images (and replicas) computed per second of the whole run, start-up included."""
+        return (self.computed + self.replicas_computed) / max(self.seconds["seconds_total"], 1e-9)
 
     def to_json(self) -> dict[str, Any]:
         """Flat figures; which samples failed is told beside them, as `failed`."""
@@ -56,6 +61,9 @@ class Summary:
             "computed": self.computed,
             "reused": self.reused,
             "n_failed": self.failed,
+            "replicas": self.replicas,
+            "replicas_computed": self.replicas_computed,
+            "replicas_reused": self.replicas_reused,
             "images_per_second": round(self.images_per_second, 2),
             "bytes": self.bytes_written,
             "recipes": self.recipes,
@@ -86,6 +94,7 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
     manifest = read_manifest(config)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
+    check_engines(config, setups.values())
     with FeatureStore.create_or_open(config.store, write=True) as store:
         previous = store.binding(name) if name in store.bindings() else None
         check_replaced(previous, manifest, name, replace=config.replace)
@@ -95,6 +104,7 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
         jobs = plan_jobs(config, manifest, setups, store)
         seconds = Seconds()
         work = [Extraction(job, config, store, seconds, reporter) for job in jobs]
+        replicas: list[Job] = []
         for extraction in work:
             extraction.check_space()
         for extraction in work:  # every recipe is in the store before the first row: a binding needs them all
@@ -102,12 +112,21 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
         try:
             for extraction in work:
                 extraction.run()
+            for job in jobs:
+                for replica in plan_replicas(config, job, store):
+                    replicas.append(replica)
+                    work.append(Extraction(replica, config, store, seconds, reporter))
+                    work[-1].check_space()
+                    work[-1].prepare()
+                    work[-1].run()
         finally:  # also on Ctrl-C: what was committed is bound, so that the next run goes on from there
             earlier = None if config.replace else previous
-            store.bind(make_binding(name, manifest, merged, jobs, earlier), replace=True)
-            failures = list_failures(manifest, jobs)
+            binding = make_binding(name, manifest, merged, jobs, earlier)
+            if previous is None or not binding.same(previous):
+                store.bind(binding, replace=True)
+            failures = list_failures(manifest, [*jobs, *replicas])
             write_failures(Path(config.store) / "failures.csv", failures)
-        computed = sum(job.computed for job in jobs)
+        computed, drawn = (sum(job.computed for job in some) for some in (jobs, replicas))
         return Summary(
             dataset=name,
             store=str(config.store),
@@ -115,10 +134,13 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
             images=sum(job.images for job in jobs),
             computed=computed,
             reused=sum(job.stored for job in jobs) - computed,
-            failed=len(failures),
+            failed=sum(len(job.failures) for job in jobs),
             seconds={**seconds.to_json(), "seconds_total": round(time.perf_counter() - start, 3)},
             bytes_written=sum(extraction.bytes_written for extraction in work),
             recipes={view: job.recipe.id for job in jobs for view in job.views},
             engines={view: str(job.choice) for job in jobs for view in job.views},
             failures=failures,
+            replicas=config.replicas,
+            replicas_computed=drawn,
+            replicas_reused=sum(job.stored for job in replicas) - drawn,
         )

@@ -5,18 +5,19 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from featurecache.bodies.engines import Engine, choose_batch_size, make_engine, resolve_device
+from featurecache.bodies.engines import Engine, choose_batch_size, make_engine
 from featurecache.canary import check_canary, sing, versions
 from featurecache.committer import Committer, Learnt
 from featurecache.config import ExtractConfig
 from featurecache.data.preprocessing import stack
-from featurecache.errors import FeatureCacheError, InputError, StoreError
+from featurecache.data.readers.base import ReadFailure
+from featurecache.errors import DependencyError, FeatureCacheError, InputError, StoreError
 from featurecache.jobs import Job, remembered_failures
 from featurecache.keys import StoredKeys, key_array
 from featurecache.producer import Claims, Clock, Item, Seconds, cores, one_line, produce
@@ -25,7 +26,7 @@ from featurecache.store.store import FeatureStore, RecipeInfo
 
 TRIAL_FROM = 256  # images; below that a trial of batch sizes costs more than it saves
 SMALL_BATCH = 16
-IN_FLIGHT = 2  # batches that the device has and that are not yet collected
+MOST_WAITING = 2**30  # bytes of images that wait for the device, but at least two batches
 READ_RATE = 500e6  # bytes/s at which a local disk gives features back
 
 
@@ -36,10 +37,11 @@ class Extraction:
         self, job: Job, config: ExtractConfig, store: FeatureStore, seconds: Seconds, reporter: Reporter
     ) -> None:
         self.job, self.config, self.store = job, config, store
-        self.seconds, self.reporter, self.task = seconds, reporter, "+".join(job.views)
+        self.seconds, self.reporter, self.task = seconds, reporter, job.title
         self.engine: Engine | None = None
         self.committer: Committer | None = None
         self.learnt = Learnt(store)
+        self.in_flight = 1  # batches that the engine computes at a time; one more waits for it
         self.batch_size = SMALL_BATCH if config.batch_size == "auto" else config.batch_size
         self.bytes_written = 0
         # Contents that are not tried (again) in this run, with the reason; those that may be remembered.
@@ -58,7 +60,8 @@ class Extraction:
         if not images:
             return
         # Rows that none of the recognised cells stand for may belong to those that are to be read: files that moved.
-        new = max(0, images - (job.info.rows - job.known_contents() if job.info is not None else 0))
+        moved = job.info.rows - job.known_contents() if job.info is not None and job.replica is None else 0
+        new = max(0, images - moved)
         needed, free = job.row_bytes * new, shutil.disk_usage(self.config.store).free
         self.reporter.note(f"{self.task}: {images:,} images to do, about {needed / 1e6:,.1f} MB of features to write")
         if needed > free:
@@ -70,6 +73,9 @@ class Extraction:
     def prepare(self) -> None:
         """Put a recipe that the store does not have there. A known one needs no engine yet."""
         self.stop_if_asked()
+        if self.job.info is None:  # another replica may have put it there meanwhile
+            found = self.store.find(self.job.recipe)
+            self.job.info = next((info for info in found if info.recipe == self.job.recipe), None)
         if self.job.info is None:
             self.start_engine()
 
@@ -82,29 +88,32 @@ class Extraction:
         job = self.job
         assert job.info is not None  # prepare has seen to it
         before = job.info
-        self.stored = StoredKeys(self.store, job.recipe.id, before.rows, len(job.todo))
+        self.stored = StoredKeys(self.store, job.recipe.id, before.rows, len(job.todo), job.number)
         workers = cores() if self.config.workers == "auto" else self.config.workers
+        channels, (height, width) = job.setup.preprocessing.channels, job.setup.size
+        most = MOST_WAITING // (4 * channels * height * width)
         self.reporter.begin(self.task, len(job.todo))
         items = produce(
             job.todo,
             job.setup.reader,
-            job.setup.preprocessing,
+            job.replica or job.setup.preprocessing,
             Claims(self.is_known),
             workers=workers,
-            ahead=lambda: IN_FLIGHT * self.batch_size + 4 * workers,
+            ahead=lambda: self.batch_size + max(self.batch_size, min(self.batch_size + 4 * workers, most)),
             seconds=self.seconds,
         )
-        try:
+        with ExitStack() as ending:  # the last first, each of them even if another fails or a second Ctrl-C comes
+            ending.callback(self.reporter.end, self.task)
+            ending.callback(self.finish, before)
+            ending.callback(self.commit)
+            ending.callback(items.close)
             self.feed(items)
-        finally:
-            try:
-                items.close()
-                if self.committer is not None:
-                    self.committer.close()
-            finally:
-                self.finish(before)
-                self.reporter.end(self.task)
         self.stop_if_asked()
+
+    def commit(self) -> None:
+        """Wait until all that was computed is in the store."""
+        if self.committer is not None:
+            self.committer.close()
 
     def feed(self, items: Iterator[Item]) -> None:
         """Batches to the device, and from it to the writer, a few in flight."""
@@ -112,13 +121,13 @@ class Extraction:
         flying: deque[tuple[list[Item], Any]] = deque()
         for item in items:
             if item.image is None:
-                self.settle(item)
+                self.settle([item])
                 continue
             batch.append(item)
             if len(batch) >= self.batch_size:
                 flying.append((batch, self.submit(batch)))
                 batch = []
-                if len(flying) >= IN_FLIGHT:
+                if len(flying) > self.in_flight:
                     self.collect(*flying.popleft())
         if batch:
             flying.append((batch, self.submit(batch)))
@@ -132,19 +141,24 @@ class Extraction:
     def start_engine(self) -> Engine:
         """Make the engine, choose the batch size, check or record the canary."""
         job, setup, config, choice = self.job, self.job.setup, self.config, self.job.choice
-        device = resolve_device(config.device)
         try:
             engine = make_engine(
-                setup.tapped(), setup.preprocessing, engine=choice.engine, precision=choice.precision, device=device
+                setup.tapped(),
+                setup.preprocessing,
+                engine=choice.engine,
+                precision=choice.precision,
+                device=config.device,
+                identities=setup.identities,
             )
-        except InputError as error:
+        except (InputError, DependencyError) as error:
             if not choice.held:
                 raise
             raise InputError(
                 f"{self.task}: {choice.reason} ({choice.engine}, {choice.precision}), but that can't run here: {error} "
                 "Use a machine that can, or give --engine and --precision to compute everything anew."
             ) from error
-        song = sing(engine, setup.reader, setup.preprocessing, [tap.name for tap in setup.taps])
+        step = job.replica.of_canary() if job.replica is not None else setup.preprocessing
+        song = sing(engine, setup.reader, step, [tap.name for tap in setup.taps])
         if job.info is not None:
             check_canary(song, job.info.canary, choice.precision, job.info.recorded, job.recipe.id)
         if config.batch_size == "auto" and len(job.todo) >= TRIAL_FROM:
@@ -158,19 +172,20 @@ class Extraction:
                 canary=song,
                 recorded={
                     "versions": versions(),
-                    "device": str(device),
+                    "device": str(engine.device),
                     "batch_size": self.batch_size,
                     "threads": torch.get_num_threads(),
                     "body": setup.body.name,
                 },
             )
-        self.engine = engine
+        self.engine, self.in_flight = engine, engine.in_flight
         return engine
 
     def submit(self, batch: list[Item]) -> Any:
         """Give a batch to the device; the engine is made for the first, so that a run that reuses all makes none."""
         engine = self.engine or self.start_engine()
-        images = stack([item.image for item in batch if item.image is not None])
+        pinned = engine.device.type == "cuda"
+        images = stack([item.image for item in batch if item.image is not None], pinned=pinned)
         with self.computing(len(batch)):
             return engine.submit(images)
 
@@ -180,12 +195,12 @@ class Extraction:
         with self.computing(len(batch)):
             arrays = self.engine.collect(handle)
         if self.committer is None:
-            self.committer = Committer(self.store, self.job.recipe.id, self.seconds)
+            number = self.job.number if self.job.replica is not None else None
+            self.committer = Committer(self.store, self.job.recipe.id, self.seconds, number)
         names = [tap.name for tap in self.job.setup.taps]
         keys = [item.key for item in batch if item.key is not None]
         self.committer.put(key_array(keys), dict(zip(names, arrays, strict=True)))
-        for item in batch:
-            self.settle(item)
+        self.settle(batch)
         if self.committer.refused:
             self.spread_failures()
             self.stop_if_asked()
@@ -217,25 +232,30 @@ class Extraction:
         finally:
             self.seconds.add("compute", time.perf_counter() - start)
 
-    def settle(self, item: Item) -> None:
-        """Note what became of a cell.
+    def settle(self, items: Sequence[Item]) -> None:
+        """Note what became of cells.
 
         Raises:
-            FeatureCacheError: the cell failed and the user wants to stop at the first failure.
+            FeatureCacheError: a cell failed and the user wants to stop at the first failure.
         """
-        job, failure = self.job, item.failure
-        if item.record is not None:
-            self.learnt.file(item.record)
-        if item.key is not None:
-            job.learn(item.cell, item.key)
-        if failure is not None:
-            job.fail(item.cell, failure.message, transient=not failure.deterministic)
+        job = self.job
+        for item in items:
+            if item.record is not None:
+                self.learnt.file(item.record)
             if item.key is not None:
-                self.failed[item.key] = failure.message
-                if failure.deterministic:
-                    self.memorable.add(item.key)
-            self.stop_if_asked()
-        self.reporter.advance(self.task, 1, status=f"{len(job.failures)} failed" if job.failures else "")
+                job.learn(item.cell, item.key)
+            if item.failure is not None:
+                self.note_failure(item, item.failure)
+        self.reporter.advance(self.task, len(items), status=f"{len(job.failures)} failed" if job.failures else "")
+
+    def note_failure(self, item: Item, failure: ReadFailure) -> None:
+        """Remember why a cell could not be read."""
+        self.job.fail(item.cell, failure.message, transient=not failure.deterministic)
+        if item.key is not None:
+            self.failed[item.key] = failure.message
+            if failure.deterministic:
+                self.memorable.add(item.key)
+        self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
         """End the run at its first failure, where the user wants that."""

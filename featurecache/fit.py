@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 from featurecache.bodies.registry import RUN_PREFIX
 from featurecache.config import FitConfig, SplitConfig
 from featurecache.data.splits import group_column, make_splits, sample_groups
+from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError
+from featurecache.evaluation.recalibration import Calibration, Method, check_method, fit_calibration
+from featurecache.evaluation.threshold import At
+from featurecache.features import Features
 from featurecache.heads.base import Fold, Head, get_head, load_head
+from featurecache.heads.importance import write_importance
 from featurecache.progress import Reporter, Silent
 from featurecache.recorded import read_recipe, recipe_differences
 from featurecache.results import finish_run, write_results
@@ -52,7 +57,15 @@ class HeadRun(Run):
         """
         for note in check_recipes(self, dataset):
             warnings.warn(note, stacklevel=2)
-        return self.head.score_rows(dataset.features)
+        return self.score_rows(dataset.features)
+
+    def score_rows(self, features: Features) -> NDArray[np.float64]:
+        """`Head.score_rows` of all rows, calibrated where the run is."""
+        scores = self.head.score_rows(features)
+        recorded = self.record.get("calibration")
+        if not recorded:
+            return scores
+        return Calibration.from_json(recorded).apply(scores, exclusive=bool(self.classes))
 
 
 def load_head_run(path: str | Path) -> HeadRun:
@@ -127,9 +140,13 @@ def fit_head(
     device: str = "auto",
     overwrite: bool = False,
     bootstrap: int = 1000,
+    at: str | None = None,
+    calibrate: Method | None = None,
     config: Mapping[str, Any] | None = None,
     command: str = "",
     reporter: Reporter | None = None,
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> HeadRun:
     """Fit a head on a dataset and write a run.
 
@@ -146,32 +163,42 @@ def fit_head(
         device: where the head computes.
         overwrite: replace an existing run.
         bootstrap: resamples of the groups per interval.
+        at: decide at a fixed sensitivity or specificity, as in `sensitivity=0.95`; default Youden's J. The threshold is
+            chosen on validation.
+        calibrate: `temperature` or `isotonic`: put probabilities right, fitted on validation only.
         config: recorded in the run, as the command line gave it.
         command: recorded in the run.
         reporter: told of epochs or rounds.
+        extra: more entries of run.json, such as how the settings were found.
+        files: more files of the run, by name.
 
     Raises:
         InputError: no target, no way to split, unknown head or setting, an existing run.
     """
-    if dataset.target is None:
-        raise InputError("the dataset has no target: give target=COLUMN")
     reporter = reporter or Silent()
-    target = dataset.target
+    target = target_of(dataset)
+    decide_at = check_decision(target, at, calibrate)
     divide = SplitConfig.create(
         {"split": split, "group": group, "seed": seed, "valid": valid, "test": test}, source="split"
     )
     estimator = get_head(head)(settings or {}, seed=seed, device=torch_device(device), memory=dataset.memory)
     source = dataset.binding.manifest_path
     splits = make_splits(dataset.table, target, divide, content=dataset.content, source=source)
+    if not (splits == "valid").any() and (decide_at is not None or calibrate is not None):
+        wanted = f"--at {decide_at}" if decide_at is not None else f"--calibrate {calibrate}"
+        raise InputError(f"{source}: {wanted} needs validation samples, and column {split!r} marks none")
     groups = sample_groups(dataset.table, divide.group)
-    unread = {name for ids in dataset.failed.values() for name in ids} - set(dataset.sample_ids.tolist())
     path = Path(out) if out is not None else default_run_path(dataset.binding.name, target.names, head)
     with RunWriter(path, kind="head", overwrite=overwrite) as writer:
         start = time.perf_counter()
         fit_rows(estimator, dataset, splits, reporter)
         seconds = round(time.perf_counter() - start, 3)
         scores = estimator.score_rows(dataset.features)
+        scores, calibration = calibrated(target, scores, splits, calibrate)
         estimator.save(writer.path)
+        write_importance(writer.path, estimator)
+        for name, text in (files or {}).items():
+            (writer.path / name).write_text(text, encoding="utf-8")
         results = write_results(
             writer.path,
             target=target,
@@ -184,38 +211,91 @@ def fit_head(
             history=estimator.history_,
             bootstrap=bootstrap,
             seed=seed,
+            at=decide_at,
         )
         run = finish_run(
             writer,
             {
+                **dataset_record(dataset, divide),
+                **head_record(estimator, results.threshold, calibration),
                 "command": command,
                 "config": dict(config or {"head": head, **divide.model_dump(mode="json")}),
-                "task": target.task,
-                "classes": list(target.classes),
-                "targets": list(target.names),
-                "views": list(dataset.views),
-                "recipes": recorded_recipes(dataset),
-                "head": {"name": head, "settings": estimator.settings.model_dump(mode="json")},
-                "skipped": list(estimator.skipped_),
-                "threshold": results.threshold,
-                "binding": {"dataset": dataset.binding.name, "digest": dataset.binding.digest},
-                "split": {**divide.model_dump(mode="json"), "group": group_column(dataset.table, divide.group)},
-                "tap": {view: [b.tap for b in dataset.blocks if b.view == view] for view in dataset.views},
-                "body_config": body_options(dataset),
-                "manifest_config": dict(dataset.binding.config.get("manifest", {})),
-                "target_config": dataset.target_config,
                 "seconds_fit": seconds,
-                "n_dropped": dataset.n_dropped - len(unread),
-                "n_failed": len(unread),
-                "failed_views": {view: len(ids) for view, ids in dataset.failed.items() if ids},
+                **dict(extra or {}),
             },
         )
     return HeadRun(run.path, run.record)
 
 
-def fit_from_config(config: FitConfig, *, command: str = "", reporter: Reporter | None = None) -> HeadRun:
-    """What `featurecache fit-head` does."""
-    dataset = FeatureDataset(
+def target_of(dataset: FeatureDataset) -> Target:
+    """The dataset's target, refused where there is none."""
+    if dataset.target is None:
+        raise InputError("the dataset has no target: give target=COLUMN")
+    return dataset.target
+
+
+def check_decision(target: Target, at: str | None, calibrate: Method | None) -> At | None:
+    """What `at` says; refuses what the task has no use for before anything is fitted.
+
+    Raises:
+        InputError: a task without a threshold or without probabilities, an unknown figure or method.
+    """
+    if calibrate is not None:
+        check_method(calibrate, target.task)
+    if at is None:
+        return None
+    wanted = At.parse(at)
+    wanted.check_task(target.task)
+    return wanted
+
+
+def calibrated(
+    target: Target, scores: NDArray[np.float64], splits: NDArray[np.str_], method: Method | None
+) -> tuple[NDArray[np.float64], Calibration | None]:
+    """Scores (n, ...) put right by what their validation rows say, and how."""
+    if method is None:
+        return scores, None
+    rows = np.flatnonzero(splits == "valid")
+    calibration = fit_calibration(target.subset(rows), scores[rows], method)
+    return calibration.apply(scores, exclusive=bool(target.classes)), calibration
+
+
+def head_record(head: Head, threshold: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
+    """What run.json says of the head."""
+    return {
+        "head": {"name": head.name, "settings": head.settings.model_dump(mode="json")},
+        "skipped": list(head.skipped_),
+        "threshold": threshold,
+        "calibration": calibration.to_json() if calibration is not None else None,
+    }
+
+
+def dataset_record(dataset: FeatureDataset, divide: SplitConfig) -> dict[str, Any]:
+    """What run.json says of the data: target, views, recipes, and all that `predict` needs for new samples."""
+    target = target_of(dataset)
+    unread = {name for ids in dataset.failed.values() for name in ids} - set(dataset.sample_ids.tolist())
+    return {
+        "task": target.task,
+        "classes": list(target.classes),
+        "targets": list(target.names),
+        "views": list(dataset.views),
+        "recipes": recorded_recipes(dataset),
+        "binding": {"dataset": dataset.binding.name, "digest": dataset.binding.digest},
+        "split": {**divide.model_dump(mode="json"), "group": group_column(dataset.table, divide.group)},
+        "tap": {view: [b.tap for b in dataset.blocks if b.view == view] for view in dataset.views},
+        "body_config": body_options(dataset),
+        "manifest_config": dict(dataset.binding.config.get("manifest", {})),
+        "target_config": dataset.target_config,
+        "replicas": dataset.replicas.to_json() if dataset.replicas is not None else None,
+        "n_dropped": dataset.n_dropped - len(unread),
+        "n_failed": len(unread),
+        "failed_views": {view: len(ids) for view, ids in dataset.failed.items() if ids},
+    }
+
+
+def open_dataset(config: FitConfig) -> FeatureDataset:
+    """The dataset that a configuration of stage two names."""
+    return FeatureDataset(
         config.store,
         dataset=config.dataset,
         target=config.target,
@@ -228,34 +308,15 @@ def fit_from_config(config: FitConfig, *, command: str = "", reporter: Reporter 
         allow_partial=config.allow_partial,
         manifest=config.manifest,
         memory=config.memory,
-    )
-    return fit_head(
-        dataset,
-        head=config.head,
-        out=config.out,
-        split=config.split,
-        group=config.group,
-        seed=config.seed,
-        valid=config.valid,
-        test=config.test,
-        settings=config.settings,
-        device=config.device,
-        overwrite=config.overwrite,
-        bootstrap=config.bootstrap,
-        config=config.model_dump(mode="json", exclude_none=True),
-        command=command,
-        reporter=reporter,
+        replicas=config.replicas,
     )
 
 
 def fit_rows(head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], reporter: Reporter) -> None:
-    """Fit on the training rows with the validation rows beside; test rows are never looked at."""
-    assert dataset.target is not None
-
-    def fold(name: str) -> Fold:
-        rows = np.flatnonzero(splits == name).astype(np.int64)
-        return Fold(dataset.features, rows, dataset.target.subset(rows))  # type: ignore[union-attr]
-
+    """Fit on the training rows and their replicas, with the validation rows beside; test rows are never looked at."""
+    rows = {side: np.flatnonzero(splits == side).astype(np.int64) for side in ("train", "valid")}
+    train = training_fold(dataset, rows["train"], dataset.features)
+    valid = Fold(dataset.features, rows["valid"], target_of(dataset).subset(rows["valid"]))
     task = f"fit {head.name}"
     reporter.begin(task, None, "steps")
 
@@ -263,9 +324,17 @@ def fit_rows(head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], repo
         figures = (f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
         reporter.advance(task, 1, status=", ".join(figures))
 
-    valid = fold("valid")
-    head.fit(fold("train"), valid if len(valid) else None, progress=told)
+    head.fit(train, valid if len(valid) else None, progress=told)
     reporter.end(task)
+
+
+def training_fold(dataset: FeatureDataset, rows: NDArray[np.int64], features: Features) -> Fold:
+    """Rows of `features` (the dataset's, wherever they are held) to train on, and their replicas where there are."""
+    target = target_of(dataset)
+    if dataset.replicas is None:
+        return Fold(features, rows, target.subset(rows))
+    every, owners = dataset.replicas.rows_of(rows)
+    return Fold(dataset.replicas.features, every, target.subset(owners))
 
 
 def body_options(dataset: FeatureDataset) -> dict[str, Any]:

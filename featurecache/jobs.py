@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from featurecache.config import BodyConfig, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
-from featurecache.keys import Cell, key_array, last_keys, present_cells, unchanged
-from featurecache.store.binding import Binding
+from featurecache.keys import Cell, Cells, Keys, last_keys, present_cells, unchanged
+from featurecache.replicas import Replica, augmentation
+from featurecache.store.binding import STATES, Binding, key_series
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore, RecipeInfo
 from featurecache.viewsetup import RUN_PREFIX, EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
@@ -38,31 +40,48 @@ class Job:
         views: that share it.
         info: the recipe as the store has it, None where it has not.
         cells: all that hold an image.
-        keys: cell index -> key, where known.
-        done: indices of the cells that have a row.
+        keys: of the cells, where known.
+        done: (n,) bool, which of the cells have a row.
         todo: cells to be worked on; their content may turn out to be known.
         failures: cell index -> reason.
         transient: indices of those failures that another run may not meet again (I/O, memory).
         computed: rows that this run added.
+        replica: which random version of the images this is about; None: the plain ones.
     """
 
     setup: ViewSetup
     choice: EngineChoice
     recipe: Recipe
     views: list[str]
+    cells: Cells
     info: RecipeInfo | None = None
-    cells: list[Cell] = field(default_factory=list)
-    keys: dict[int, bytes] = field(default_factory=dict)
-    done: set[int] = field(default_factory=set)
-    todo: list[Cell] = field(default_factory=list)
+    keys: Keys = field(init=False)
+    done: NDArray[np.bool_] = field(init=False)
+    todo: Cells = field(init=False)
     failures: dict[int, str] = field(default_factory=dict)
     transient: set[int] = field(default_factory=set)
     computed: int = 0
+    replica: Replica | None = None
+
+    def __post_init__(self) -> None:
+        """Nothing is known yet: everything is to do."""
+        self.keys, self.done, self.todo = Keys(len(self.cells)), np.zeros(len(self.cells), np.bool_), self.cells
 
     @property
     def reader_id(self) -> str:
         """What decides which contents can't be read."""
         return self.setup.reader.identity()
+
+    @property
+    def number(self) -> int:
+        """Of the replica, by which its rows are found."""
+        return self.replica.number if self.replica is not None else 0
+
+    @property
+    def title(self) -> str:
+        """What a person calls this job."""
+        views = "+".join(self.views)
+        return views if self.replica is None else f"{views}, replica {self.number + 1}"
 
     @property
     def row_bytes(self) -> int:
@@ -78,15 +97,15 @@ class Job:
     @property
     def stored(self) -> int:
         """Cells that have a row."""
-        return len(self.done)
+        return int(self.done.sum())
 
     def known_contents(self) -> int:
         """Different contents among the cells that have a row."""
-        return len({self.keys[index] for index in self.done})
+        return self.keys.distinct(self.done)
 
     def learn(self, cell: Cell, key: bytes) -> None:
         """A cell was read: this is its key."""
-        self.keys[cell.index] = key
+        self.keys[self.cells.place(cell.index)] = key
 
     def fail(self, cell: Cell, message: str, *, transient: bool) -> None:
         """A cell failed; `transient`: another run may not meet that again."""
@@ -97,17 +116,15 @@ class Job:
     def first_failure(self) -> tuple[str, str]:
         """What the manifest calls the first cell that failed, and the reason."""
         index, message = next(iter(self.failures.items()))
-        return next(cell.value for cell in self.cells if cell.index == index), message
+        return self.cells[self.cells.place(index)].value, message
 
     def spread(self, failed: Mapping[bytes, str], *, lasting: Set[bytes]) -> None:
         """Every cell of a failed content failed. Contents that are not `lasting` failed for this run only."""
-        if not failed:
-            return
-        for index, key in self.keys.items():
-            if key in failed:
-                self.failures[index] = failed[key]
-                if key not in lasting:
-                    self.transient.add(index)
+        for place, key in self.keys.places_of(list(failed)):
+            index = int(self.cells.indices[place])
+            self.failures[index] = failed[key]
+            if key not in lasting:
+                self.transient.add(index)
 
     def settle(self, store: FeatureStore) -> None:
         """The work is over: see which cells have a row now."""
@@ -134,46 +151,74 @@ def plan_jobs(
         if held is not None and held.recipe.digest != recipe.digest:
             # A group with more taps serves as well, and stays complete: what it lacks is computed with all.
             setup, recipe = with_taps_of(setup, held.recipe), held.recipe
-        job = jobs.setdefault(recipe.digest, Job(setup, choice, recipe, [], held))
-        job.views.append(view)
-        job.cells += cells
-    for job in jobs.values():
-        if store is not None:
+        same = jobs.get(recipe.digest)
+        if same is not None:
+            setup, choice, held, cells = same.setup, same.choice, same.info, same.cells.joined(cells)
+        views = [*(same.views if same is not None else ()), view]
+        jobs[recipe.digest] = Job(setup, choice, recipe, views, cells, held)
+    if store is not None:
+        for job in jobs.values():
             look_up(job, store, check=config.check, retry_failed=config.retry_failed)
-        else:
-            job.todo = list(job.cells)
     return list(jobs.values())
 
 
-def best_held(recipe: Recipe, cells: list[Cell], store: FeatureStore) -> RecipeInfo | None:
+def best_held(recipe: Recipe, cells: Cells, store: FeatureStore) -> RecipeInfo | None:
     """The recipe of the store that holds all taps and most of these images; the very same if others hold no more."""
     found = store.find(recipe)
     if len(found) < 2:
         return found[0] if found else None
-    keys = key_array(list(last_keys(cells, store).values()))
-    return max(found, key=lambda info: int((store.rows(info.id, keys) >= 0).sum()))
+    keys = last_keys(cells, store)
+    return max(found, key=lambda info: int(held_keys(keys, info.id, store).sum()))
 
 
 def look_up(job: Job, store: FeatureStore, *, check: str, retry_failed: bool) -> None:
-    """Fill `keys`, `done`, `todo` and the failures that are remembered."""
-    job.keys = unchanged(job.cells, store) if check == "stat" else {}
+    """Fill `keys`, where files are recognised, and all that follows from them."""
+    if check == "stat":
+        job.keys = unchanged(job.cells, store)
+    sort_out(job, store, retry_failed=retry_failed)
+
+
+def sort_out(job: Job, store: FeatureStore, *, retry_failed: bool) -> None:
+    """From the keys that are known: what is done, what failed before, and what is to do."""
     job.done = stored(job, store)
-    remembered = {} if retry_failed else remembered_failures(job, store)
-    for cell in job.cells:
-        key = job.keys.get(cell.index)
-        if key is not None and key in remembered:
-            job.failures[cell.index] = remembered[key]
-        elif cell.index not in job.done:
-            job.todo.append(cell)
+    to_do = ~job.done
+    if not retry_failed:
+        remembered = remembered_failures(job, store)
+        for place, key in job.keys.places_of(list(remembered)):
+            job.failures[int(job.cells.indices[place])] = remembered[key]
+            to_do[place] = False
+    job.todo = job.cells.pick(to_do)
 
 
-def stored(job: Job, store: FeatureStore) -> set[int]:
-    """Indices of the cells whose key is known and has a row."""
-    if job.info is None or not job.keys:
-        return set()
-    indices = np.fromiter(job.keys, dtype=np.int64, count=len(job.keys))
-    rows = store.rows(job.recipe.id, key_array(list(job.keys.values())))
-    return set(indices[rows >= 0].tolist())
+def stored(job: Job, store: FeatureStore) -> NDArray[np.bool_]:
+    """(n,) bool, of the job's cells: whose key is known and has a row."""
+    if job.info is None:
+        return np.zeros(len(job.cells), np.bool_)
+    return held_keys(job.keys, job.recipe.id, store, job.number)
+
+
+def held_keys(keys: Keys, recipe_id: str, store: FeatureStore, replica: int = 0) -> NDArray[np.bool_]:
+    """(n,) bool: which keys are known and have a row in a recipe."""
+    held = keys.known.copy()
+    held[held] = store.rows(recipe_id, keys.values[held], replica) >= 0
+    return held
+
+
+def replica_number(number: int, config: ExtractConfig, plain: Job) -> Replica:
+    """One of a plain job's replicas."""
+    return Replica(plain.setup.preprocessing, augmentation(config.augment), config.seed or 0, number)
+
+
+def plan_replicas(config: ExtractConfig, plain: Job, store: FeatureStore) -> Iterator[Job]:
+    """The jobs of a plain one's replicas, each when it is its turn: what can't be read plain is not tried again."""
+    for number in range(config.replicas):
+        replica = replica_number(number, config, plain)
+        recipe = replica.recipe(plain.recipe)
+        held = next((info for info in store.find(recipe) if info.recipe == recipe), None)
+        job = Job(plain.setup, plain.choice, recipe, plain.views, plain.cells.pick(plain.done), held, replica=replica)
+        job.keys = plain.keys.pick(plain.done)
+        sort_out(job, store, retry_failed=config.retry_failed)
+        yield job
 
 
 def remembered_failures(job: Job, store: FeatureStore) -> dict[bytes, str]:
@@ -235,19 +280,18 @@ def make_binding(
     name: str, manifest: Manifest, config: ExtractConfig, jobs: list[Job], previous: Binding | None
 ) -> Binding:
     """The join of this manifest with the store: key and state per cell, one recipe per view."""
-    keys: list[bytes | None] = [None] * manifest.cells.height
-    states = ["absent" if value is None else "pending" for value in manifest.cells["value"].to_list()]
+    keys = Keys(manifest.cells.height)
+    absent, pending, failed, done = map(STATES.index, ("absent", "pending", "failed", "done"))
+    states = np.where(manifest.cells["value"].is_null(), absent, pending)
     recipes: dict[str, str] = {}
     for job in jobs:
         recipes |= dict.fromkeys(job.views, job.recipe.id)
-        for index, key in job.keys.items():
-            keys[index] = key
-        for index in job.failures.keys() - job.transient:  # what may yet be read must not pass for a missing view
-            states[index] = "failed"
-        for index in job.done:
-            states[index] = "done"
+        keys.values[job.cells.indices], keys.known[job.cells.indices] = job.keys.values, job.keys.known
+        # What may yet be read must not pass for a missing view.
+        states[list(job.failures.keys() - job.transient)] = failed
+        states[job.cells.indices[job.done]] = done
     cells = manifest.cells.select("sample", "view", "ordinal").with_columns(
-        pl.Series("key", keys, dtype=pl.Binary), pl.Series("state", states, dtype=pl.String)
+        key_series(keys.values, keys.known), pl.Series("state", STATES).gather(states)
     )
     if previous is not None:
         cells, recipes = keep_earlier(cells, manifest, recipes, previous)
@@ -288,8 +332,8 @@ def keep_earlier(
 def binding_config(config: ExtractConfig, jobs: list[Job], previous: Binding | None) -> dict[str, Any]:
     """How the manifest is read, and per view the options of its body: enough to do the same to new samples.
 
-    `{"manifest": ManifestConfig, "body": BodyConfig, "seed": int or None}` as plain JSON values; every option of `body`
-    is given per view.
+    `{"manifest": ManifestConfig, "body": BodyConfig, "seed": int or None, "replicas": {view: {"recipe": id, "count":
+    how many}}}` as plain JSON values; every option of `body` is given per view.
     """
     values = config.model_dump(mode="json")
     earlier = previous.config.get("body", {}) if previous is not None else {}
@@ -310,7 +354,13 @@ def binding_config(config: ExtractConfig, jobs: list[Job], previous: Binding | N
         view: RUN_PREFIX + str(Path(name.removeprefix(RUN_PREFIX)).resolve()) if name.startswith(RUN_PREFIX) else name
         for view, name in body["body"].items()
     }
-    return {"manifest": manifest, "body": body, "seed": config.seed}
+    replicas = dict(previous.config.get("replicas", {})) if previous is not None else {}
+    for job in jobs:
+        own = {"recipe": replica_number(0, config, job).recipe(job.recipe).id, "count": config.replicas}
+        for view in job.views:
+            replicas.pop(view, None)
+            replicas |= {view: own} if config.replicas else {}
+    return {"manifest": manifest, "body": body, "seed": config.seed, "replicas": replicas}
 
 
 def list_failures(manifest: Manifest, jobs: list[Job]) -> list[dict[str, str]]:
@@ -318,7 +368,12 @@ def list_failures(manifest: Manifest, jobs: list[Job]) -> list[dict[str, str]]:
     rows = manifest.cells.select("sample", "view", "value")
     ids = manifest.table["sample_id"]
     entries = []
-    for index, error in sorted((index, error) for job in jobs for index, error in job.failures.items()):
+    failures: dict[int, str] = {}
+    for job in jobs:
+        about = "" if job.replica is None else f"replica {job.number + 1}: "
+        for index, error in job.failures.items():
+            failures.setdefault(index, about + error)
+    for index, error in sorted(failures.items()):
         sample, view, value = rows.row(index)
         entries.append({"sample_id": str(ids[sample]), "view": view, "path": value, "error": error})
     return entries

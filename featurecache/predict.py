@@ -12,12 +12,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.bodies.engines import resolve_device
+from featurecache.bodies.engines import resolve_engine
 from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import read_manifest
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
-from featurecache.errors import FeatureCacheError, InputError, RunError
+from featurecache.errors import DependencyError, FeatureCacheError, InputError, RunError
 from featurecache.extract import extract
 from featurecache.fit import HeadRun, check_recipes, compare_recipes
 from featurecache.jobs import set_up_views
@@ -90,7 +90,7 @@ def score_cached(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scratc
     dataset = FeatureDataset(config.store, dataset=summary.dataset, views=run.views, tap=taps)
     try:
         notes = check_recipes(run, dataset)
-        scores = run.head.score_rows(dataset.features)
+        scores = run.score_rows(dataset.features)
     finally:
         dataset.store.close()
     ids = binding.table["sample_id"].to_list()
@@ -185,7 +185,7 @@ def extract_config(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scra
             body[name] = over_views(body.get(name) or {}, given[name], run.views)
     body["trust_factory"] = tuple(given.get("trust_factory") or ())
     typed = over_views({}, given.get("body") or {}, run.views)
-    check_bodies(run, body, typed.values())
+    check_bodies(run.path, run.views, body, typed.values())
     taps = {
         view: [{"module": tap["tap"], "pool": tap["pool"]} for tap in recipe.taps]
         for view, recipe in run.view_recipes.items()
@@ -237,8 +237,13 @@ def numerics(run: HeadRun, new: NewSamples) -> dict[str, str]:
     for option, field in names.items():
         values = {str(recipe.fields[field]) for recipe in recipes}
         found[option] = values.pop() if len(values) == 1 else "float32" if option == "store_dtype" else "auto"
-    if found["precision"] == "fp16" and resolve_device(new.device).type == "cpu":
-        found["precision"] = "auto"  # which a CPU can't compute
+    if found["engine"] != "auto":
+        try:
+            resolve_engine(found["engine"], found["precision"], new.device)
+        except (InputError, DependencyError):  # what this machine can't compute so
+            found["precision"] = "auto"
+            if found["engine"] == "openvino":
+                found["engine"] = "auto"
     return found
 
 

@@ -49,7 +49,10 @@ class Predictions:
 
     def of(self, split: str) -> Predictions:
         """The samples of one split of which a target is known."""
-        rows = np.flatnonzero((self.splits == split) & self.known())
+        return self.take(np.flatnonzero((self.splits == split) & self.known()))
+
+    def take(self, rows: NDArray[np.int64]) -> Predictions:
+        """These samples, in this order."""
         arrays = [field.name for field in fields(self) if field.name not in ("task", "names", "classes")]
         return replace(self, **{name: getattr(self, name)[rows] for name in arrays})
 

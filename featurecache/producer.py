@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from threading import Lock
+from typing import Any
 
 import torch
 
+from featurecache import readahead
 from featurecache.data.readers.base import Reader, ReadFailure, read
 from featurecache.data.transforms import Preprocessing
-from featurecache.errors import InputError, ReadError, StoreError
-from featurecache.keys import Cell, Payload, read_payload
+from featurecache.errors import FeatureCacheError, InputError, ReadError, StoreError
+from featurecache.keys import Cell, KeySet, Payload, read_payload
+from featurecache.replicas import DrawnVersion, Replica
 from featurecache.store.records import StatRecord
 
 WARM = 5  # batches after which the speed of the device is known
+MOST_HUNG = 8  # reads that may hang before the run ends: a disk or server that is gone
+SLACK = 4  # an image that holds on to more than so many times its own bytes is copied out
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +80,32 @@ class Claims:
 
     def __init__(self, known: Callable[[bytes], bool]) -> None:
         self._known = known
-        self._taken: set[bytes] = set()
+        self._taken = KeySet()
         self._lock = Lock()
 
     def take(self, key: bytes) -> bool:
         """True for the first who asks for a key that needs work; equal content is computed once."""
         with self._lock:
-            if key in self._taken:
+            if not self._taken.add(key):
                 return False
-            self._taken.add(key)
         return not self._known(key)
 
 
-def decode(reader: Reader, preprocessing: Preprocessing, data: bytes, selector: str) -> torch.Tensor | ReadFailure:
+def decode(
+    reader: Reader, preprocessing: Preprocessing | DrawnVersion, data: bytes, selector: str
+) -> torch.Tensor | ReadFailure:
     """Payload to preprocessed image, (channels, height, width), or the reason why not.
 
     Only what a reader or the preprocessing refuses in words will fail again for sure; whatever else goes wrong (memory,
     which torch reports as RuntimeError too, or a defect) is tried again on the next run.
     """
-    decoded = read(reader, data, json.loads(selector))
+    decoded = read(reader, data, _selector(selector))
     if isinstance(decoded, ReadFailure):
         return decoded
     try:
-        return preprocessing.apply(decoded)
+        image = preprocessing.apply(decoded)
+        # A crop is a view: what waits for the device must not keep a large photograph in memory.
+        return image.clone() if image.untyped_storage().nbytes() > SLACK * image.nbytes else image
     except ReadError as error:
         return ReadFailure("ReadError", str(error), error.deterministic)
     except InputError as error:  # an image with other channels than the body takes
@@ -107,6 +114,13 @@ def decode(reader: Reader, preprocessing: Preprocessing, data: bytes, selector: 
         return ReadFailure("MemoryError", "out of memory while resizing", False)
     except Exception as error:
         return ReadFailure(type(error).__name__, f"can't be preprocessed: {one_line(error)}", False)
+
+
+@lru_cache(maxsize=1024)
+def _selector(text: str) -> Mapping[str, Any]:
+    """Most cells share one; readers only look at it."""
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def cores() -> int:
@@ -123,7 +137,7 @@ def one_line(error: BaseException) -> str:
 def produce(
     cells: Sequence[Cell],
     reader: Reader,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | Replica,
     claims: Claims,
     *,
     workers: int,
@@ -134,16 +148,31 @@ def produce(
     """Yield an Item per cell, in the order of `cells`, with at most `ahead()` in memory.
 
     Whatever goes wrong with one cell is its failure; of what a reading thread raises, only a damaged store ends the
-    run. Threads, not processes: decoders, resizing and hashing release the GIL, and nothing has to be copied.
+    run. Threads, not processes: decoders, resizing and hashing release the GIL, and nothing has to be copied. A cell
+    that hangs (a network drive that is gone) is given up after a while, and tried again on the next run.
+
+    Raises:
+        FeatureCacheError: cell after cell hangs.
     """
+    hung: list[Cell] = []
 
     def work(cell: Cell) -> Item:
         try:
             return item_of(cell)
         except StoreError:
             raise
-        except Exception as error:
+        except BaseException as error:  # of a thread: nothing that ends the process, not even what a reader exits with
             return Item(cell, None, None, failure=ReadFailure(type(error).__name__, one_line(error), False))
+
+    def give_up(cell: Cell) -> Item:
+        hung.append(cell)
+        message = f"not read and decoded within {readahead.PATIENCE:g} s"
+        if len(hung) == MOST_HUNG:
+            raise FeatureCacheError(
+                f"{cell.value}: {message}, like {len(hung) - 1} before it. Is the disk or server that holds the images "
+                "still there? What was complete is kept; run the same command again to go on."
+            )
+        return Item(cell, None, None, failure=ReadFailure("TimeoutError", message, False))
 
     def item_of(cell: Cell) -> Item:
         start = time.perf_counter()
@@ -154,22 +183,11 @@ def produce(
         if not claims.take(payload.key):
             return Item(cell, payload.key, payload.record)
         start = time.perf_counter()
-        image = decode(reader, preprocessing, payload.data, cell.selector)
+        step = preprocessing.of(payload.key) if isinstance(preprocessing, Replica) else preprocessing
+        image = decode(reader, step, payload.data, cell.selector)
         seconds.add("decode", time.perf_counter() - start)
         if isinstance(image, ReadFailure):
             return Item(cell, payload.key, payload.record, failure=image)
         return Item(cell, payload.key, payload.record, image=image)
 
-    waiting: deque[Future[Item]] = deque()
-    remaining = iter(cells)
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        try:
-            for cell in remaining:
-                waiting.append(pool.submit(work, cell))
-                if len(waiting) >= ahead():
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    yield from readahead.work_ahead(cells, work, give_up, workers=workers, ahead=ahead, name="read")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,20 @@ from featurecache.bodies.registry import FACTORY, RUN_PREFIX, trusted_factories
 from featurecache.bodies.weights import SUFFIXES
 from featurecache.config import for_view
 from featurecache.errors import InputError, MissingFileError, RunError
-from featurecache.run import Run
 from featurecache.store.recipe import Recipe
 
 # Fields of a recipe that say how features are computed and kept, not what they mean: `predict` accepts others.
 NUMERIC_FIELDS = ("engine", "precision", "storage_dtype")
 
 
-def check_bodies(run: Run, options: Mapping[str, Any], typed: Iterable[str]) -> None:
-    """Refuse a factory that only run.json names, and weights and runs that are not where they were.
+def check_bodies(
+    source: str | Path, views: Sequence[str], options: Mapping[str, Any], typed: Iterable[str] = ()
+) -> None:
+    """Refuse a factory that only a run or a store names, and weights and runs that are not where they were.
 
     Args:
-        run: whose views count.
+        source: the run or the store, for messages.
+        views: that count.
         options: of `BodyConfig`, per view: as recorded, with what the user gave in its place.
         typed: names of bodies that the user typed.
 
@@ -31,13 +33,13 @@ def check_bodies(run: Run, options: Mapping[str, Any], typed: Iterable[str]) -> 
     """
     allowed = trusted_factories(tuple(options.get("trust_factory") or ())) | set(typed)
     problems = []
-    for view in run.views:
+    for view in views:
         name = for_view(options["body"], view, "")
         weights = for_view(options.get("weights") or {}, view, "")
         of_run = name.startswith(RUN_PREFIX)  # `run:joint` has the form of a factory
         if FACTORY.fullmatch(name) and not of_run and name not in allowed:
             raise InputError(
-                f"{run.path}: names the factory {name!r} as its body. Nothing was imported. If you know and trust that "
+                f"{source}: names the factory {name!r} as its body. Nothing was imported. If you know and trust that "
                 f"code, repeat its name: --trust-factory {name}"
             )
         if weights.endswith(SUFFIXES) and not Path(weights).is_file():
@@ -46,7 +48,7 @@ def check_bodies(run: Run, options: Mapping[str, Any], typed: Iterable[str]) -> 
             problems.append(f"body {name!r} of view {view!r}: give --body {view}={RUN_PREFIX}PATH")
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise MissingFileError(f"{run.path}: its bodies were read from what is not there now{lines}")
+        raise MissingFileError(f"{source}: its bodies were read from what is not there now{lines}")
 
 
 def read_recipe(entry: Mapping[str, Any]) -> Recipe:

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from featurecache.data.splits import write_splits
 from featurecache.data.targets import Target
 from featurecache.evaluation.bootstrap import bootstrap_intervals
-from featurecache.evaluation.metrics import compute_metrics
-from featurecache.evaluation.threshold import choose_threshold
+from featurecache.evaluation.metrics import compute_metrics, metric_names
+from featurecache.evaluation.threshold import At, choose_threshold
 from featurecache.predictions import Predictions, read_predictions
 from featurecache.record import dump_json, plain
 from featurecache.reporting.card import write_card
@@ -35,6 +35,14 @@ class Results:
     threshold: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Folds:
+    """Which fold tested each row, (n,) from 0, -1 for none; and the threshold, chosen on the folds' validation rows."""
+
+    number: NDArray[np.int64]
+    threshold: Mapping[str, Any]
+
+
 def write_results(
     directory: Path,
     *,
@@ -48,6 +56,8 @@ def write_results(
     history: Sequence[Mapping[str, Any]] = (),
     bootstrap: int = 1000,
     seed: int = 0,
+    at: At | None = None,
+    folds: Folds | None = None,
 ) -> Results:
     """Write predictions.csv, splits.csv, history.csv and metrics.json; all rows are those of the fitted samples.
 
@@ -63,13 +73,19 @@ def write_results(
         history: one mapping per epoch or round, as heads keep it.
         bootstrap: resamples of the groups per interval; 0 for none.
         seed: of the resampling.
+        at: decide at a fixed sensitivity or specificity on validation; default Youden's J.
+        folds: of a cross-validation, whose scores are out of fold and all in the split `test`.
     """
     predictions = make_predictions(
         target, scores, sample_ids=sample_ids, groups=groups, splits=splits, views=views, present=present
     )
-    threshold = find_threshold(predictions)
+    threshold = find_threshold(predictions, at) if folds is None else dict(folds.threshold)
     metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
-    predictions.table(threshold["value"]).write_csv(directory / "predictions.csv")
+    table = predictions.table(threshold["value"])
+    if folds is not None:
+        metrics["cv"] = fold_metrics(predictions, folds.number, threshold)
+        table = table.with_columns(pl.Series("fold", folds.number, dtype=pl.Int64))
+    table.write_csv(directory / "predictions.csv")
     write_splits(directory / "splits.csv", predictions.sample_ids.tolist(), predictions.groups, predictions.splits)
     if history:
         rows = plain(list(history), directory)
@@ -125,7 +141,7 @@ def to_target(predictions: Predictions) -> Target:
     return Target(predictions.task, predictions.names, predictions.classes, values)  # type: ignore[arg-type]
 
 
-def find_threshold(predictions: Predictions) -> dict[str, Any]:
+def find_threshold(predictions: Predictions, at: At | None = None) -> dict[str, Any]:
     """`value`, `rule` and `chosen_on` of the decision threshold, chosen on the validation samples.
 
     The value is one probability, or one per label; None where the most probable class is taken or a number predicted.
@@ -133,7 +149,7 @@ def find_threshold(predictions: Predictions) -> dict[str, Any]:
     valid = predictions.of("valid")
     if predictions.task in ("binary", "multilabel") and not len(valid.sample_ids):
         return {"value": 0.5, "rule": "default", "chosen_on": None}
-    found: dict[str, Any] = plain(choose_threshold(to_target(valid), valid.scores), Path())
+    found: dict[str, Any] = plain(choose_threshold(to_target(valid), valid.scores, at=at), Path())
     return found
 
 
@@ -157,9 +173,33 @@ def measure(predictions: Predictions, threshold: Mapping[str, Any], *, bootstrap
     return result
 
 
+def fold_metrics(predictions: Predictions, number: NDArray[np.int64], threshold: Mapping[str, Any]) -> dict[str, Any]:
+    """Per metric its value in every fold (None where undefined), their mean and standard deviation."""
+    tables = []
+    for fold in range(int(number.max()) + 1):
+        part = predictions.take(np.flatnonzero((number == fold) & predictions.known()))
+        tables.append(compute_metrics(to_target(part), part.scores, threshold=threshold["value"]))
+    found: dict[str, Any] = {"folds": len(tables), "n": [table["n"] for table in tables]}
+    for name in metric_names(predictions.task):
+        values = [table.get(name) for table in tables]
+        defined = [value for value in values if value is not None]
+        spread = {"mean": float(np.mean(defined)), "sd": float(np.std(defined))} if defined else {}
+        found[name] = {"values": values, **spread}
+    result: dict[str, Any] = plain(found, Path())
+    return result
+
+
 def metrics_from_predictions(path: str | Path) -> dict[str, Any]:
     """metrics.json, computed again from predictions.csv (and the bootstrap's size and seed) of a run."""
     path = Path(path)
     settings = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["bootstrap"]
-    predictions = read_predictions(path, read_record(path))
-    return measure(predictions, find_threshold(predictions), bootstrap=settings["n"], seed=settings["seed"])
+    record = read_record(path)
+    predictions = read_predictions(path, record)
+    if record.get("cv"):  # the threshold was chosen on the folds' validation rows, whose scores are not kept
+        threshold = record["threshold"]
+        number = pl.read_csv(path / "predictions.csv", columns=["fold"])["fold"].to_numpy()
+        found = measure(predictions, threshold, bootstrap=settings["n"], seed=settings["seed"])
+        return {**found, "cv": fold_metrics(predictions, number, threshold)}
+    rule = str((record.get("threshold") or {}).get("rule", ""))
+    at = At.parse(rule) if "=" in rule else None
+    return measure(predictions, find_threshold(predictions, at), bootstrap=settings["n"], seed=settings["seed"])

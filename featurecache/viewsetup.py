@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featurecache.bodies.engines import fast_precision, resolve_device, resolve_precision
+from featurecache.bodies.engines import ConversionError, fast_precision, load_graph, resolve_device, resolve_engine
 from featurecache.bodies.identity import Identity, identify
 from featurecache.bodies.registry import Body, load_body, load_run_body
 from featurecache.bodies.taps import ResolvedTap, Tapped, resolve_taps
@@ -14,7 +16,8 @@ from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, Tap, for_vi
 from featurecache.data.readers import get_reader
 from featurecache.data.readers.base import Reader
 from featurecache.data.transforms import Preprocessing
-from featurecache.errors import InputError
+from featurecache.errors import DependencyError, InputError
+from featurecache.replicas import augmentation
 from featurecache.store.format import StorePaths
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore
@@ -64,16 +67,22 @@ def check_options(config: ExtractConfig) -> None:
 
     Raises:
         InputError: names the option.
+        DependencyError: openvino was asked for and is not installed.
     """
     for name in ("batch_size", "workers", "rows_per_chunk"):
         value = getattr(config, name)
         if isinstance(value, int) and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if config.replicas < 0:
+        raise InputError(f"--replicas {config.replicas}: 0 for none, or how many of each image")
+    if config.augment and not config.replicas:
+        raise InputError("--augment is for replicas: say how many with --replicas K")
+    augmentation(config.augment)
     if any(mark in (config.name or "") for mark in "/\\\0\n"):
         raise InputError(f"--name {config.name!r}: the name of a dataset holds no slashes and no line ends")
-    device = resolve_device(config.device)
+    resolve_device(config.device)
     if not StorePaths(config.store).index.exists():  # what a store holds can be reused where it could not be computed
-        resolve_precision(config.precision, device)
+        resolve_engine("openvino" if config.engine == "openvino" else "torch", config.precision, config.device)
 
 
 def load_view_body(config: BodyConfig, view: str, *, seed: int | None) -> Body:
@@ -182,23 +191,76 @@ class EngineChoice:
 def choose_engine(config: ExtractConfig, setup: ViewSetup, store: FeatureStore | None) -> EngineChoice:
     """Resolve `auto` by rule, never by timing: what the store already holds first, else what is fast here.
 
-    The same command therefore finds its rows again on a machine of another speed.
+    The same command therefore finds its rows again on a machine of another speed, and where what made them is missing.
+
+    Raises:
+        InputError: no such device here.
     """
-    if config.precision == "auto":
-        default = EngineChoice("torch", fast := fast_precision(resolve_device(config.device)), f"{fast} is fast here")
-    else:
-        default = EngineChoice("torch" if config.engine == "auto" else config.engine, config.precision, "as given")
     if config.engine != "auto" and config.precision != "auto":
-        return default
+        return EngineChoice(config.engine, config.precision, "as given")
+    held = _held(config, setup, store) if store is not None else {}
+    if not held:
+        return _fast_engine(config, setup)
+    # Most rows first: a trial with another engine must not make the rest be computed anew.
+    most = [choice for choice, rows in held.items() if rows == max(held.values())]
+    engine, precision = most[0] if len(most) == 1 else max(most, key=lambda choice: _suits(choice, config.device))
+    return EngineChoice(engine, precision, f"the store holds {held[engine, precision]:,} rows made so", held=True)
+
+
+def _held(config: ExtractConfig, setup: ViewSetup, store: FeatureStore) -> dict[tuple[str, str], int]:
+    """Rows of this view's recipe in the store, by the engine and precision that made them; only what was asked for."""
     held: dict[tuple[str, str], int] = {}
-    for info in store.recipes() if store is not None else []:
+    for info in store.recipes():
         engine, precision = info.recipe.fields["engine"], info.recipe.fields["precision"]
         if config.engine not in ("auto", engine) or config.precision not in ("auto", precision) or not info.rows:
             continue
         if info.recipe.holds(setup.recipe(engine=engine, precision=precision, storage_dtype=config.store_dtype)):
             held[engine, precision] = held.get((engine, precision), 0) + info.rows
-    if not held:
-        return default
-    fast_one = (default.engine, default.precision)
-    engine, precision = fast_one if fast_one in held else max(held, key=lambda choice: held[choice])
-    return EngineChoice(engine, precision, f"the store holds {held[engine, precision]:,} rows made so", held=True)
+    return held
+
+
+def _suits(choice: tuple[str, str], device: str) -> tuple[bool, bool, bool]:
+    """Whether an engine and precision run here at all, by the faster engine, in the precision that is fast."""
+    engine, precision = choice
+    try:
+        where, _ = resolve_engine(engine, precision, device)
+        fast = resolve_engine(engine, "auto", device)[1] if engine == "openvino" else fast_precision(where)
+    except (InputError, DependencyError):
+        return False, False, False
+    return True, engine == "openvino", precision == fast
+
+
+def _fast_engine(config: ExtractConfig, setup: ViewSetup) -> EngineChoice:
+    """What is fast here and can run the body. Tries to convert it, unless that was tried before."""
+    device = resolve_device(config.device)
+    why = ""
+    if config.engine == "openvino":
+        return EngineChoice("openvino", resolve_engine("openvino", config.precision, config.device)[1], "as given")
+    if config.engine == "auto" and device.type == "cpu" and config.precision != "fp16":
+        try:
+            precision = resolve_engine("openvino", config.precision, device)[1]
+            load_graph(setup.tapped(), setup.size, setup.preprocessing.channels, setup.identities)
+            return EngineChoice("openvino", precision, "fast on a CPU")
+        except DependencyError:
+            why = "; openvino is not installed"
+        except ConversionError as error:
+            why = "; openvino can't run this body"
+            warnings.warn(f"{setup.body.name} runs on torch, which is slower on a CPU: {error}", stacklevel=2)
+        except InputError:  # bf16, which torch can compute on any CPU
+            why = "; openvino can't compute it here"
+    if config.precision != "auto":
+        return EngineChoice("torch", config.precision, f"as given{why}")
+    fast = fast_precision(device)
+    return EngineChoice("torch", fast, f"{fast} is fast here{why}")
+
+
+def check_engines(config: ExtractConfig, setups: Iterable[ViewSetup]) -> None:
+    """Refuse an engine that can't run a body, before there is a store.
+
+    Raises:
+        InputError: the engine that was asked for can't run a view's body.
+    """
+    if config.engine != "openvino" or StorePaths(config.store).index.exists():
+        return  # what a store holds can be reused where it could not be computed
+    for setup in setups:
+        load_graph(setup.tapped(), setup.size, setup.preprocessing.channels, setup.identities)

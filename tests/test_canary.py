@@ -7,8 +7,9 @@ import pytest
 from extract_kit import counts, features, image, recipe_ids, run, tree, write_images
 from PIL import Image
 
-from featurecache import canary, extraction
-from featurecache.canary import KEPT, canary_batch, check_canary, drift, sing, synthetic_images, versions
+from featurecache import canary
+from featurecache.bodies.engines.torch import TorchEngine
+from featurecache.canary import KEPT, canary_batch, check_canary, drift, synthetic_images, versions
 from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.readers import get_reader
 from featurecache.errors import StoreError
@@ -22,11 +23,9 @@ def store(tmp_path):
 
 
 def drifting(monkeypatch, factor: float) -> None:
-    def off(*args):
-        song = sing(*args)
-        return {**song, "taps": {tap: (np.array(rows) * factor).tolist() for tap, rows in song["taps"].items()}}
-
-    monkeypatch.setattr(extraction, "sing", off)
+    """Another kernel: what comes from the device is off."""
+    collect = TorchEngine.collect
+    monkeypatch.setattr(TorchEngine, "collect", lambda self, handle: [a * factor for a in collect(self, handle)])
 
 
 def new_image(store) -> None:

@@ -123,6 +123,9 @@ def test_what_is_learnt_is_written_every_few_seconds(store, monkeypatch):
     record = StatRecord("/a", 1, 2, 3, 4, 5, bytes(32))
     learnt.file(record)
     assert store.payloads(["/a"]) == {}
+    monkeypatch.setattr(committer, "LEARNT_MOST", 2)
+    learnt.file(record._replace(path="/0"))
+    assert set(store.payloads(["/a", "/0"])) == {"/a", "/0"}, "or when there are many"
     monkeypatch.setattr(committer, "LEARNT_EVERY", 0.0)
     learnt.file(record._replace(path="/b"))
     assert set(store.payloads(["/a", "/b"])) == {"/a", "/b"}

@@ -3,12 +3,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from stage_two import WIDTH, features_of, samples, write_store
+from stage_two import WIDTH, features_of, samples, write_store, write_table
 from torch.utils.data import DataLoader
 
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
 from featurecache.features import feature_names, present
+from featurecache.reading import choose_mode
 from featurecache.store.store import FeatureStore
 
 
@@ -46,29 +47,106 @@ def test_features_of_all_views_side_by_side_and_nan_where_a_view_is_missing(data
     assert y.tolist() == [int(name[1:]) % 2 for name in dataset.sample_ids]
 
 
-@pytest.mark.parametrize("memory", ["auto", 0])
-def test_in_ram_and_from_disk_alike(store, memory):
-    dataset = FeatureDataset(store, dataset="m", target="label", memory=memory)
-    assert dataset.features.in_ram == (memory == "auto")
+def test_mapped_in_ram_and_streamed_alike(store):
     rows = np.array([5, 3, 3, 70])
-    np.testing.assert_array_equal(dataset.features[rows], expected(dataset)[rows])
-    x, y = dataset[7]
-    assert x.dtype == torch.float32
-    np.testing.assert_array_equal(x.numpy(), expected(dataset)[7])
-    assert int(y) == 1
+    for memory, mode in (("auto", "mapped"), (10**6, "ram"), (0, "streamed")):
+        dataset = FeatureDataset(store, dataset="m", target="label", memory=memory)
+        assert dataset.features.mode == mode
+        np.testing.assert_array_equal(dataset.features[rows], expected(dataset)[rows])
+        np.testing.assert_array_equal(dataset.features.gather(rows), expected(dataset)[rows])
+        assert dataset.features[rows[:0]].shape == (0, 2 * WIDTH)
+        x, y = dataset[7]
+        assert x.dtype == torch.float32
+        np.testing.assert_array_equal(x.numpy(), expected(dataset)[7])
+        assert int(y) == 1
+        assert dataset.features.complete(np.flatnonzero(dataset.present.all(axis=1)))
+        assert not dataset.features.complete(np.arange(len(dataset)))
 
 
-@pytest.mark.parametrize("memory", ["auto", 0])
+@pytest.mark.parametrize(
+    ("nbytes", "memory", "mappable", "mode"),
+    [
+        (400, "auto", True, "mapped"),
+        (1200, "auto", True, "streamed"),
+        (400, "auto", False, "ram"),
+        (600, "auto", False, "streamed"),
+        (600, 600, True, "ram"),
+        (601, 600, True, "streamed"),
+    ],
+)
+def test_memory_picks_how_features_are_read(monkeypatch, nbytes, memory, mappable, mode):
+    monkeypatch.setattr("featurecache.reading.free_memory", lambda: 1000)
+    assert choose_mode(nbytes, memory, mappable=mappable) == mode
+
+
+def test_compressed_features_are_held_in_ram_and_float16_stays_so(tmp_path, store):
+    plain = FeatureDataset(store, dataset="m").numpy()[0]
+    packed = FeatureDataset(write_store(tmp_path, storage_dtype="float16", codec="zstd"), dataset="m")
+    assert packed.features.mode == "ram"
+    x = packed.features.gather(np.arange(80))
+    assert x.dtype == packed.features.dtype == np.float16
+    assert {array.dtype for array in packed.features._ram.values()} == {np.dtype(np.float16)}
+    np.testing.assert_array_equal(x, plain.astype(np.float16))
+    assert packed.features.nbytes == 2 * WIDTH * int(packed.present.sum())
+    assert packed.features.buffer_rows is None
+
+
+def test_views_of_recipes_with_other_row_orders(tmp_path):
+    """The partner view's rows lie in another recipe, in reverse; a third of them is missing."""
+    rows = samples(60, missing=0.3)
+    write_store(tmp_path, rows=rows)
+    write_store(tmp_path, rows=rows[::-1], precision="bf16", replace={"id": "sample_id"})
+    recipes = [info.id for info in FeatureStore(tmp_path / "store").recipes()]
+    write_table(tmp_path / "m.csv", rows)  # as the first was bound
+    dataset = FeatureDataset(tmp_path / "store", dataset="m", recipe={"a": recipes[0], "b": recipes[1]}, memory=0,
+                             manifest=tmp_path / "m.csv")  # fmt: skip
+    for i, name in enumerate(dataset.sample_ids):
+        assert np.array_equal(dataset.features[np.array([i])][0, :WIDTH], features_of(int(name[1:]), "a"))
+        if dataset.present[i, 1]:
+            assert np.array_equal(dataset.features[np.array([i])][0, WIDTH:], features_of(int(name[1:]), "b"))
+    streamed = torch.cat([x for x, _ in dataset.stream(batch_size=7, seed=3)]).numpy()
+    whole = dataset.numpy()[0]
+    key = np.nan_to_num(whole).sum(axis=1)
+    np.testing.assert_array_equal(streamed[np.argsort(np.nan_to_num(streamed).sum(axis=1))], whole[np.argsort(key)])
+
+
+@pytest.mark.parametrize("memory", ["auto", 10**6, 0])
 def test_dataloader_with_workers_equals_plain_indexing(store, memory):
     dataset = FeatureDataset(store, dataset="m", target="label", memory=memory)
-    x, y = dataset.numpy() if memory == 0 else (expected(dataset), dataset.target.values)
-    batches = list(DataLoader(dataset, batch_size=16, num_workers=2))
-    np.testing.assert_array_equal(torch.cat([batch[0] for batch in batches]).numpy(), x)
-    np.testing.assert_array_equal(torch.cat([batch[1] for batch in batches]).numpy(), y)
+    x, y = dataset.numpy() if memory == 10**6 else (expected(dataset), dataset.target.values)
+    loader = DataLoader(dataset, batch_size=16, num_workers=2, persistent_workers=True)
+    for _ in range(2):
+        batches = list(loader)
+        np.testing.assert_array_equal(torch.cat([batch[0] for batch in batches]).numpy(), x)
+        np.testing.assert_array_equal(torch.cat([batch[1] for batch in batches]).numpy(), y)
 
 
-def test_it_pickles_without_the_features_and_reads_them_again(dataset):
+def test_a_stream_of_a_store_brings_every_sample_with_its_target(store):
+    dataset = FeatureDataset(store, dataset="m", target="label", memory=0)
+    dataset.features.__dict__["_budget"] = 0
+    batches = list(dataset.stream(batch_size=16, seed=1))
+    x, y = torch.cat([x for x, _ in batches]).numpy(), torch.cat([y for _, y in batches]).numpy()
+    place = [int(np.flatnonzero((expected(dataset)[:, :WIDTH] == row[:WIDTH]).all(axis=1))[0]) for row in x]
+    assert sorted(place) == list(range(80))
+    assert place != list(range(80))
+    np.testing.assert_array_equal(x, expected(dataset)[place])
+    np.testing.assert_array_equal(y, dataset.target.values[place])
+
+
+def test_pairs_of_a_dataset(dataset, store):
+    first, second, same = dataset.pairs(np.arange(40), fixed=True)[5]
+    np.testing.assert_array_equal(first.numpy(), expected(dataset)[5])
+    other = int(np.flatnonzero((expected(dataset)[:, :WIDTH] == second.numpy()[:WIDTH]).all(axis=1))[0])
+    assert other < 40
+    assert same == (dataset.target.values[5] == dataset.target.values[other])
+    with pytest.raises(InputError, match="pairs need a target"):
+        FeatureDataset(store, dataset="m").pairs()
+
+
+def test_it_pickles_without_the_features_and_reads_them_again(store):
+    dataset = FeatureDataset(store, dataset="m", target="label", memory=10**6)
     dataset.numpy()
+    assert dataset.features._ram
     text = pickle.dumps(dataset)
     assert dataset.numpy()[0][0].tobytes() not in text
     np.testing.assert_array_equal(pickle.loads(text).numpy()[0], dataset.numpy()[0])

@@ -40,7 +40,8 @@ def test_a_store_that_does_not_exist(data, tmp_path):
     assert not (tmp_path / "store").exists()
     assert found.to_json() == {
         "dataset": "samples", "samples": 6, "images": 6, "reused": 1, "to_compute": 5, "known_failures": 0,
-        "reasons": {"image": {"new": 5}}, "engines": {"image": "torch fp32 (as given)"}, "duplicates_across_splits": [],
+        "replicas": 0, "replicas_to_compute": 0, "reasons": {"image": {"new": 5}},
+        "engines": {"image": "torch fp32 (as given)"}, "duplicates_across_splits": [],
     }  # fmt: skip
     assert counts(run(data, tmp_path / "store")) == (5, 1, 0), "what was said is what is done"
 

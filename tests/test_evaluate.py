@@ -62,3 +62,65 @@ def test_evaluate_takes_unknown_labels_for_what_they_are(home, tmp_path):
     found = fc.evaluate(tmp_path / "run", tmp_path / "new/samples.csv", bootstrap=0, **TRUST)
     assert found.metrics["test"]["n"] == 11
     assert len(read_table(found.path / "predictions.csv")) == 12
+
+
+def test_subgroups_of_new_samples_are_the_same_figures_on_their_rows(home, tmp_path):
+    shutil.copytree(home / "new", tmp_path / "new")
+    shutil.copytree(home / "runs/head", tmp_path / "run")
+    rows = read_table(tmp_path / "new/samples.csv")
+    for i, row in enumerate(rows):
+        row["site"] = ("north", "south", "")[min(i % 4, 2)]
+    write_table(tmp_path / "new/samples.csv", rows)
+    found = fc.evaluate(tmp_path / "run", tmp_path / "new/samples.csv", by="site", bootstrap=10, **TRUST)
+    site = {row["sample_id"]: row["site"] for row in rows}
+    said = read_table(found.path / "predictions.csv")
+    assert [part.value for part in found.subgroups] == ["", "north", "south"]
+    for part in found.subgroups:
+        mine = [row for row in said if site[row["sample_id"]] == part.value]
+        assert part.n == len(mine)
+        assert part.metrics["accuracy"] == pytest.approx(np.mean([r["target"] == r["prediction"] for r in mine]))
+        assert part.small.startswith(f"{part.n} groups")
+    written = json.loads((found.path / "metrics.json").read_text())
+    assert written["by"]["column"] == "site"
+    assert written["by"]["subgroups"].keys() == {"", "north", "south"}
+    assert any("figures on them say too much" in note for note in found.notes)  # ids s000 ... are in both
+    with pytest.raises(InputError, match=r"no column 'sitee'. Did you mean 'site'"):
+        fc.evaluate(tmp_path / "run", tmp_path / "new/samples.csv", by="sitee", store=tmp_path / "store", **TRUST)
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_runs_own_test_samples_by_a_column_of_its_manifest(home, tmp_path):
+    shutil.copytree(home / "runs/head", tmp_path / "run")
+    run = fc.load_run(tmp_path / "run")
+    test = run.arrays.of("test")
+    ids = run.arrays.sample_ids.tolist()
+    rows = [{"sample_id": name, "site": "ab"[i % 2]} for i, name in enumerate(ids)]
+    table = write_table(tmp_path / "sites.csv", rows)
+    found = fc.evaluate(run, by="site", table=table, bootstrap=0)
+    assert found.path == tmp_path / "run/evaluations/test-by-site"
+    assert sum(part.n for part in found.subgroups) == len(test.sample_ids)
+    assert found.metrics["test"]["accuracy"] == run.metrics["test"]["accuracy"]
+    with pytest.raises(InputError, match="say with --table where the column is"):
+        fc.evaluate(run, by="site")
+    short = write_table(tmp_path / "short.csv", [{"sample_id": "s999", "site": "a"}])
+    with pytest.raises(InputError, match=r"test samples of the run are not there, such as 's\d+'"):
+        fc.evaluate(run, by="site", table=short)
+    twice = write_table(tmp_path / "twice.csv", [{"sample_id": "s1", "site": s} for s in "ab"])
+    with pytest.raises(InputError, match="sample 's1' has several values of 'site'"):
+        fc.evaluate(run, by="site", table=twice)
+
+
+def test_a_wanted_sensitivity_is_chosen_on_the_runs_validation_samples(home, tmp_path):
+    shutil.copytree(home / "runs/head", tmp_path / "run")
+    run = fc.load_run(tmp_path / "run")
+    found = fc.evaluate(run, at="sensitivity=1", bootstrap=0)
+    valid = run.arrays.of("valid")
+    cut = json.loads((found.path / "evaluation.json").read_text())["threshold"]
+    assert cut["rule"] == "sensitivity=1"
+    positive = valid.scores[valid.true == 1, 1]
+    assert (positive >= cut["value"]).all()
+    assert cut["value"] > valid.scores[:, 1][valid.scores[:, 1] < positive.min()].max(initial=-1)
+    rows = read_table(found.path / "predictions.csv")
+    assert {row["split"] for row in rows} == {"test"}
+    for row in rows:
+        assert row["prediction"] == ("yes" if float(row["p:yes"]) >= cut["value"] else "no")

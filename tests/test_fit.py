@@ -6,11 +6,14 @@ import pytest
 from stage_two import quick, recipe, write_store
 
 from featurecache.config import FitConfig
+from featurecache.crossval import fit_from_config
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError, RunError
-from featurecache.fit import HeadRun, fit_from_config, fit_head, load_head_run
+from featurecache.evaluation.recalibration import fit_calibration
+from featurecache.fit import HeadRun, fit_head, load_head_run
 from featurecache.progress import Silent
 from featurecache.recorded import read_recipe, recipe_differences
+from featurecache.results import metrics_from_predictions, to_target
 from featurecache.run import RunWriter
 
 FAST = {"n_estimators": 4, "max_bin": 16, "nthread": 1}
@@ -162,3 +165,25 @@ def test_differences_of_recipes():
     assert "body.architecture " in serious
     assert "-> aaaaaaaaaaaa..." in serious
     assert numeric == "engine 'torch' -> 'openvino'"
+
+
+def test_a_decision_at_a_fixed_sensitivity_is_chosen_on_validation(dataset, tmp_path):
+    run = fit_head(dataset, head="logistic", out=tmp_path / "run", bootstrap=0, at="sensitivity=0.9")
+    assert run.threshold["rule"] == "sensitivity=0.9"
+    assert run.metrics["valid"]["sensitivity"] >= 0.9
+    assert metrics_from_predictions(run.path) == run.metrics
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_calibration_is_fitted_on_validation_and_goes_with_the_run(dataset, store, tmp_path, method):
+    plain = fit_head(dataset, head="logistic", out=tmp_path / "plain", bootstrap=0)
+    run = fit_head(dataset, head="logistic", out=tmp_path / "run", bootstrap=0, calibrate=method)
+    assert run.record["calibration"]["fitted_on"] == "valid"
+    assert (run.path / "head.npz").read_bytes() == (plain.path / "head.npz").read_bytes()
+    valid = plain.arrays.of("valid")
+    expected = fit_calibration(to_target(valid), valid.scores, method).apply(plain.arrays.scores, exclusive=True)
+    np.testing.assert_allclose(run.arrays.scores, expected, atol=1e-12)
+    assert run.metrics["valid"]["log_loss"] <= plain.metrics["valid"]["log_loss"] + 1e-9
+    again = load_head_run(run.path)
+    np.testing.assert_allclose(again.predict_proba(dataset), expected, atol=1e-6)
+    assert metrics_from_predictions(run.path) == run.metrics

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import tracemalloc
 
 import pytest
 from extract_kit import config, counts, features, read_rows, run, states, write_images, write_manifest
@@ -10,6 +12,7 @@ from extract_kit import config, counts, features, read_rows, run, states, write_
 from featurecache.data.manifest import read_manifest
 from featurecache.errors import InputError
 from featurecache.jobs import plan_jobs, set_up_views
+from featurecache.producer import Claims
 from featurecache.store.store import FeatureStore
 
 
@@ -31,6 +34,45 @@ def test_views_of_one_recipe_are_one_job(data, tmp_path):
     assert [job.views for job in found] == [["a", "b"], ["c"]]
     assert [len(job.todo) for job in found] == [8, 4]
     assert all(job.info is None and job.row_bytes == 3 * 4 for job in found)
+
+
+def test_what_is_held_of_a_cell_takes_few_bytes(tmp_path):
+    n = 4000
+    names = [f"images/{i // 100:05d}/image{i:07d}.png" for i in range(n)]
+    table = write_manifest(tmp_path / "m.csv", [{"sample_id": f"s{i}", "image": name} for i, name in enumerate(names)])
+    stage = config(table, tmp_path / "none")
+    read = read_manifest(stage, images=False)
+    setups = set_up_views(stage, read.views)
+    tracemalloc.start()
+    (job,) = plan_jobs(stage, read, setups, None)
+    claims = Claims(lambda key: False)
+    for number, cell in enumerate(job.todo):
+        key = hashlib.sha256(number.to_bytes(4, "little")).digest()
+        assert claims.take(key)
+        job.learn(cell, key)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert job.keys.known.all()
+    assert (held + read.cells.estimated_size() + read.table.estimated_size()) / n < 300
+
+
+def test_a_binding_that_says_the_same_is_not_written_again(data, tmp_path):
+    store = tmp_path / "store"
+    rows = read_rows(data)
+    rows[1]["b"] = ""
+    write_manifest(data, rows)
+    (data.parent / "b0002.png").write_bytes(b"broken")
+    views = {"a": "a", "b": "b"}
+    run(data, store, views=views)
+    generation = FeatureStore(store).generation
+    assert counts(run(data, store, views=views)) == (0, 6, 1)
+    assert FeatureStore(store).generation == generation
+    rows[0]["label"] = "7"
+    write_manifest(data, rows)
+    assert counts(run(data, store, views=views)) == (0, 6, 1)
+    opened = FeatureStore(store)
+    assert opened.generation == generation + 1
+    assert opened.binding("samples").table["label"].to_list() == [7, 1, 0, 1]
 
 
 def test_a_view_in_another_order_of_samples(data, tmp_path):

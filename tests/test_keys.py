@@ -7,11 +7,23 @@ import os
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from featurecache import keys
 from featurecache.data.readers.base import ReadFailure
-from featurecache.keys import Cell, Payload, StoredKeys, key_array, last_keys, read_payload, unchanged
+from featurecache.keys import (
+    Cell,
+    Cells,
+    Keys,
+    KeySet,
+    Payload,
+    StoredKeys,
+    key_array,
+    last_keys,
+    read_payload,
+    unchanged,
+)
 from featurecache.store.recipe import Recipe, content_key
 from featurecache.store.records import StatRecord
 from featurecache.store.store import FeatureStore
@@ -27,6 +39,13 @@ def store(tmp_path):
 
 def cell(path: Path, index: int = 0, selector: str = "{}", kind: str = "file") -> Cell:
     return Cell(index, kind, path.name, str(path), selector)
+
+
+def cells_of(*given: Cell) -> Cells:
+    """Cells as columns; the first row of the table is none of them."""
+    rows = [("file", "other", "/other", "{}"), *((c.kind, c.value, c.location or None, c.selector) for c in given)]
+    table = pl.DataFrame(rows, schema=["kind", "value", "location", "selector"], orient="row")
+    return Cells(table, np.arange(1, len(rows), dtype=np.uint32))
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -89,10 +108,10 @@ def test_a_file_that_grows_while_it_is_read_leaves_no_record(tmp_path, monkeypat
 def test_unchanged(store, tmp_path):
     path = write(tmp_path / "a", b"x")
     remember(store, path)
-    cells = [cell(path, 4), cell(path, 5, '{"flip":true}'), Cell(6, "text", "x", "", "{}")]
+    cells = cells_of(cell(path), cell(path, selector='{"flip":true}'), Cell(0, "text", "x", "", "{}"))
     digest = hashlib.sha256(b"x").digest()
-    expected = {4: content_key("file", "{}", digest), 5: content_key("file", '{"flip":true}', digest)}
-    assert unchanged(cells, store) == last_keys(cells, store) == expected
+    expected = [content_key("file", "{}", digest), content_key("file", '{"flip":true}', digest), None]
+    assert unchanged(cells, store).to_list() == last_keys(cells, store).to_list() == expected
 
 
 @pytest.mark.parametrize("change", ["bytes", "touch", "replace", "remove", "fresh"])
@@ -109,8 +128,9 @@ def test_what_may_have_changed_is_read(store, tmp_path, change):
         write(tmp_path / "b", b"y").replace(path)
     elif change == "remove":
         path.unlink()
-    assert unchanged([cell(path)], store) == {}
-    assert last_keys([cell(path)], store) == {0: content_key("file", "{}", record.sha256)}
+    cells = cells_of(cell(path))
+    assert unchanged(cells, store).to_list() == [None]
+    assert last_keys(cells, store).to_list() == [content_key("file", "{}", record.sha256)]
 
 
 def test_without_a_change_time_everything_is_read(store, tmp_path, monkeypatch):
@@ -123,11 +143,53 @@ def test_without_a_change_time_everything_is_read(store, tmp_path, monkeypatch):
         asked.append(path)
         return False
 
-    cells = [cell(path, i) for i, path in enumerate(paths)]
-    assert len(unchanged(cells, store)) == 3
+    cells = cells_of(*map(cell, paths))
+    assert unchanged(cells, store).known.all()
     monkeypatch.setattr(keys, "has_change_time", none)
-    assert unchanged(cells, store) == {}
+    assert not unchanged(cells, store).known.any()
     assert len(asked) == 1, "a file system is looked at once"
+
+
+def test_cells_are_made_when_asked_for():
+    given = [Cell(i + 1, "file", f"{i}.png", f"/data/{i}.png", "{}") for i in range(5000)]
+    cells = cells_of(*given)
+    assert list(cells) == given
+    assert (len(cells), cells[4999], cells[-1]) == (5000, given[4999], given[4999])
+    assert list(cells[10:12]) == given[10:12]
+    assert list(cells.pick(np.array([7, 3]))) == [given[7], given[3]]
+    assert list(cells[:1].joined(cells[9:10])) == [given[0], given[9]]
+    assert cells[100:200].place(150) == 49
+    assert cells[:2].column("value").to_list() == ["0.png", "1.png"]
+
+
+def test_keys_by_place():
+    keys = Keys(4)
+    first, second = hashlib.sha256(b"1").digest(), hashlib.sha256(b"2").digest()
+    keys[1] = keys[3] = first
+    keys[2] = second
+    assert keys.to_list() == [None, first, second, first]
+    assert [keys[place] for place in range(4)] == keys.to_list()
+    twin = first[:8] + bytes(24)  # the same first bytes
+    assert keys.places_of([first, twin]) == [(1, first), (3, first)]
+    assert keys.places_of([bytes(32)]) == keys.places_of([]) == [], "unknown is no key"
+    assert keys.distinct(np.array([True, True, True, True])) == 2
+    assert keys.distinct(np.array([True, True, False, True])) == 1
+
+
+def test_key_set():
+    keys, plain = KeySet(), set()
+    random = np.random.default_rng(0)
+    for number in random.integers(0, 3000, 5000).tolist():
+        key = hashlib.sha256(number.to_bytes(4, "little")).digest()
+        key = key[:8] + key[9:10] * 24 if number % 3 else b"the same" + key[8:]
+        assert keys.add(key) is (key not in plain)
+        plain.add(key)
+    assert len(keys) == len(plain)
+    again = KeySet(key_array(sorted(plain)))
+    assert all(key in keys and key in again for key in plain)
+    assert not again.add(next(iter(plain)))
+    assert hashlib.sha256(b"other").digest() not in again
+    assert b"the same" + bytes(24) not in again
 
 
 def test_key_array():
@@ -155,3 +217,4 @@ def test_stored_keys(store, monkeypatch, questions):
     monkeypatch.setattr(store, "rows", lambda *args: pytest.fail("looked up"))
     if questions:
         assert others[0] not in stored
+        assert known[0] in stored

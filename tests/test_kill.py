@@ -121,7 +121,7 @@ def test_a_second_writer_is_told_who_writes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_ten_kills_of_the_installed_command(tmp_path, precision):
+def test_ten_kills_of_the_installed_command(tmp_path, precision, record):
     """Ten kill -9, at times uniform between the first and the last commit of a reference run of 60 commits."""
     n, reference, store = 60 * 32, tmp_path / "reference", tmp_path / "store"
     manifest = write_images(tmp_path / "data", n, side=8)
@@ -167,3 +167,4 @@ def test_ten_kills_of_the_installed_command(tmp_path, precision):
     figures = json_of(out)
     assert (figures["computed"], figures["reused"], figures["failed"]) == (n - ends[-1], ends[-1], [])
     check_equal(store, reference, n, precision)
+    record("command_kills_survived", kills)

@@ -1,6 +1,8 @@
 import socket
+import sys
 
 import pytest
+from extract_kit import features, run, write_images
 from stage_two import TRUST, TWO, write_home
 
 import featurecache as fc
@@ -10,10 +12,13 @@ class RefusedSocketError(Exception):
     """Raised by every attempt to reach something."""
 
 
-def test_nothing_is_sent_anywhere(tmp_path, monkeypatch):
-    """Extract, fit, joint training, predict and report with every socket refused."""
+@pytest.fixture
+def refused(monkeypatch):
+    """Every attempt to reach something, in any thread; none may be made, not even one whose failure is passed over."""
+    attempts = []
 
     def refuse(*args, **kwargs):
+        attempts.append(args)
         raise RefusedSocketError(args)
 
     for name in ("connect", "connect_ex", "sendto"):
@@ -21,12 +26,35 @@ def test_nothing_is_sent_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(RefusedSocketError):
         socket.create_connection(("192.0.2.1", 80))
+    attempts.clear()
+    return attempts
+
+
+def test_nothing_is_sent_anywhere(tmp_path, refused):
+    """Extract, fit, joint training, predict and report with every socket refused."""
     home = write_home(tmp_path, runs=("head", "joint"))
     dataset = fc.FeatureDataset(home / "cache", dataset="samples", target="label", views=list(TWO))
-    for head in ("fc", "xgboost"):
+    for head in ("fc", "logistic", "xgboost"):
         assert fc.fit_head(dataset, head=head, out=tmp_path / head, bootstrap=10).metrics["train"]["n"] > 0
-    for run in ("head", "joint"):
-        report = home / "runs" / run / "report.html"
+    for name in ("head", "joint"):
+        report = home / "runs" / name / "report.html"
         assert "<html" in report.read_text(encoding="utf-8")
-        scored = fc.predict(home / "runs" / run, home / "new/samples.csv", tmp_path / f"{run}.csv", **TRUST)
+        scored = fc.predict(home / "runs" / name, home / "new/samples.csv", tmp_path / f"{name}.csv", **TRUST)
         assert len(scored.sample_ids) > 0
+    assert refused == []
+
+
+def test_no_engine_sends_anything(tmp_path, refused):
+    """OpenVINO's conversion included, whose own telemetry is masked."""
+    pytest.importorskip("openvino")
+    manifest = write_images(tmp_path / "data", 4)
+    rows = [features_of(manifest, tmp_path / engine, engine) for engine in ("torch", "openvino")]
+    for sample, row in rows[0].items():
+        assert abs(rows[1][sample] - row).max() < 1e-3
+    assert refused == []
+    assert sys.modules["openvino_telemetry"] is None, "masked, so that its own stub serves"
+
+
+def features_of(manifest, store, engine):
+    assert run(manifest, store, engine=engine).computed == 4
+    return features(store)

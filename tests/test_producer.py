@@ -134,3 +134,10 @@ def test_seconds_and_clock():
     ticks = [clock.tick(2) for _ in range(7) if time.sleep(0.01) is None]
     assert ticks == [False] * 4 + [True] + [False] * 2
     assert 0.004 < clock.per_image < 0.1
+
+
+def test_a_crop_does_not_keep_the_photograph():
+    large = Payload(encoded(image(0, 400), "PNG"), b"k" * 32, None)
+    (item,) = items(n=1, load=lambda cell: large, preprocessing=Preprocessing(resize=None, crop=16))
+    assert item.image is not None
+    assert item.image.untyped_storage().nbytes() == 16 * 16 * 3

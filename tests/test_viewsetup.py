@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 
+import numpy as np
 import pytest
-from extract_kit import config, run, write_images
+from extract_kit import config, counts, features, run, write_images
 
 from featurecache import viewsetup
-from featurecache.errors import InputError
+from featurecache.bodies.engines import openvino
+from featurecache.errors import DependencyError, InputError
 from featurecache.store.store import FeatureStore
 from featurecache.viewsetup import choose_engine, set_up_view, with_taps_of
+
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 
 
 @pytest.fixture
@@ -78,6 +84,126 @@ def test_what_is_held_but_can_not_run_here_stops_and_names_the_flags(data, tmp_p
         run(data, store, precision="auto")
     assert "the store holds 2 rows made so (torch, fp16), but that can't run here" in str(caught.value)
     assert "give --engine and --precision to compute everything anew" in str(caught.value)
+
+
+def without_openvino(monkeypatch):
+    """As if it were not installed: importing it fails."""
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """A CPU that has bf16 in hardware, as far as anybody is told, until `undo`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino, "openvino_has_bf16", lambda: True)
+        patch.setattr(openvino, "effective_precision", lambda compiled: "bf16")
+        yield patch
+    monkeypatch.setattr(openvino, "openvino_has_bf16", lambda: False)
+
+
+@needs_openvino
+def test_auto_takes_openvino_on_a_cpu_where_nothing_is_held(asked, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(openvino, "openvino_has_bf16", lambda: False)
+    store = tmp_path / "store"
+    fast = ("openvino", "fp32", "fast on a CPU")
+    assert choice(*asked(engine="auto"), store) == fast
+    assert choice(*asked(engine="auto", precision="fp32"), store) == fast
+    assert choice(*asked(engine="openvino"), store) == ("openvino", "fp32", "as given")
+    found = choice(*asked(engine="auto", precision="bf16"), store)
+    assert found == ("torch", "bf16", "as given; openvino can't compute it here")
+    monkeypatch.setattr(openvino, "openvino_has_bf16", lambda: True)
+    assert choice(*asked(engine="auto"), store) == ("openvino", "bf16", "fast on a CPU")
+
+
+@needs_openvino
+def test_openvino_gives_what_torch_gives(data, tmp_path):
+    summary = run(data, tmp_path / "a", engine="auto", tap=["penultimate", "conv1:max"])
+    assert summary.engines == {"image": "openvino fp32 (fast on a CPU)"}
+    run(data, tmp_path / "b", tap=["penultimate", "conv1:max"])
+    for tap in ("penultimate@none", "conv1@max"):
+        found, expected = features(tmp_path / "a", tap=tap), features(tmp_path / "b", tap=tap)
+        for name, row in expected.items():
+            np.testing.assert_allclose(found[name], row, rtol=1e-4, atol=1e-6)
+
+
+@needs_openvino
+def test_openvino_removed_recomputes_nothing(data, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    assert run(data, store, engine="auto", precision="auto").computed == 2
+    with monkeypatch.context() as patch:
+        without_openvino(patch)
+        for check in ("stat", "content"):
+            again = run(data, store, engine="auto", precision="auto", check=check)
+            assert counts(again) == (0, 2, 0)
+            assert again.engines["image"].startswith("openvino")
+        more = write_images(tmp_path / "more", 3)
+        with pytest.raises(InputError) as caught:
+            run(more, store, engine="auto", precision="auto", name="more")
+        assert "the store holds 2 rows made so (openvino, " in str(caught.value)
+        assert "that can't run here: engine openvino: openvino can't be imported" in str(caught.value)
+        assert "give --engine and --precision to compute everything anew" in str(caught.value)
+        assert run(more, store, engine="torch", name="more").computed == 3
+    assert counts(run(data, store, engine="auto", precision="auto")) == (0, 2, 0)
+
+
+@needs_openvino
+def test_openvino_installed_recomputes_nothing(data, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        without_openvino(patch)
+        first = run(data, store, engine="auto")
+        assert first.engines == {"image": "torch fp32 (as given; openvino is not installed)"}
+        with pytest.raises(DependencyError, match="pip install openvino, or use --engine torch"):
+            run(data, tmp_path / "other", engine="openvino", precision="auto")
+        assert not (tmp_path / "other").exists()
+    assert counts(run(data, store, engine="auto")) == (0, 2, 0)
+    assert counts(run(write_images(tmp_path / "data", 3), store, engine="auto")) == (1, 2, 0), "and goes on with torch"
+
+
+@needs_openvino
+def test_a_cpu_without_bf16_recomputes_nothing(bf16, data, tmp_path):
+    store = tmp_path / "store"
+    assert run(data, store, engine="auto", precision="auto").engines == {"image": "openvino bf16 (fast on a CPU)"}
+    bf16.undo()
+    assert counts(run(data, store, engine="auto", precision="auto")) == (0, 2, 0)
+    with pytest.raises(
+        InputError, match=r"\(openvino, bf16\), but that can't run here: precision bf16: this CPU has no"
+    ):
+        run(write_images(tmp_path / "data", 3), store, engine="auto", precision="auto")
+    assert counts(run(data, store, engine="auto", precision="fp32")) == (3, 0, 0)
+
+
+@needs_openvino
+def test_bf16_is_never_claimed_where_fp32_would_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(openvino, "openvino_has_bf16", lambda: False)
+    with pytest.raises(InputError, match="no bfloat16 in hardware, and OpenVINO would compute in fp32 instead"):
+        run(data, tmp_path / "store", engine="openvino", precision="bf16")
+    assert not (tmp_path / "store").exists()
+
+
+@needs_openvino
+def test_a_body_that_does_not_convert_runs_on_torch(data, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    with pytest.raises(InputError, match=r"OpenVINO can't run this body .*Use --engine torch"):
+        run(data, store, engine="openvino", body="plugin_extract:breaks")
+    assert not store.exists()
+    with pytest.warns(
+        UserWarning, match="plugin_extract:breaks runs on torch, which is slower on a CPU: OpenVINO can't"
+    ):
+        first = run(data, store, engine="auto", body="plugin_extract:breaks")
+    assert first.engines == {"image": "torch fp32 (as given; openvino can't run this body)"}
+    assert counts(run(data, store, engine="auto", body="plugin_extract:breaks")) == (0, 2, 0)
+
+
+@needs_openvino
+def test_most_rows_decide_between_engines(asked, data, tmp_path):
+    store = tmp_path / "store"
+    run(data, store, engine="openvino")
+    run(data, store, engine="torch")
+    held = ("openvino", "fp32", "the store holds 2 rows made so")
+    assert choice(*asked(engine="auto", precision="fp32"), store) == held, "of equals what is fast"
+    run(write_images(tmp_path / "data", 3), store, engine="torch")
+    assert choice(*asked(engine="auto"), store) == ("torch", "fp32", "the store holds 3 rows made so")
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,21 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from featurecache.bodies.names import NO_TIMM
 from featurecache.bodies.weights import AUXILIARY, SUFFIXES, load_weights, read_weights
 from featurecache.data.shipped import shipped_path
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import DependencyError, InputError, did_you_mean
+from featurecache.lean import torchvision
 
 T = TypeVar("T")
 
@@ -79,6 +82,27 @@ def seeded(seed: int | None, build: Callable[[], T]) -> T:
         return build()
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves parameters undrawn, which the weights of a file or of the hub replace: 4 s for a ViT-B or a VGG."""
+
+    DRAWS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.erfinv_})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, nn.Parameter) and (
+            func in self.DRAWS or getattr(func, "__module__", "") == nn.init.__name__
+        ):
+            return target
+        return func(*args, **kwargs)
+
+
+def _constructed(spec: Spec, seed: int | None, build: Callable[[], T]) -> T:
+    """A library's network, its parameters drawn from `seed` where nothing will replace them."""
+    with nullcontext() if spec.kind == "none" else _Undrawn():
+        return seeded(seed, build)
+
+
 def build_torchvision(model: str, spec: Spec, seed: int | None) -> Built:
     """A classification model of torchvision, with the preprocessing of its weights."""
     models = torchvision.models
@@ -90,7 +114,7 @@ def build_torchvision(model: str, spec: Spec, seed: int | None) -> Built:
         if chosen is None:
             options |= {"aux_logits": False, "init_weights": spec.kind == "none"}
     try:
-        module = seeded(seed, lambda: models.get_model(model, weights=chosen, **options))
+        module = _constructed(spec, seed, lambda: models.get_model(model, weights=chosen, **options))
     except (OSError, RuntimeError) as error:  # no network, a proxy's refusal, a wrong checksum
         if chosen is None:
             raise
@@ -160,7 +184,7 @@ def import_timm() -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError:
-        raise DependencyError("bodies timm/... need timm: pip install 'featurecache[timm]'") from None
+        raise DependencyError(NO_TIMM) from None
 
 
 def build_timm(model: str, spec: Spec, seed: int | None) -> Built:
@@ -175,7 +199,7 @@ def build_timm(model: str, spec: Spec, seed: int | None) -> Built:
     if spec.kind == "hub" and not (config and config.has_weights):
         raise InputError(f"timm/{model}: timm publishes no weights for it. {NO_NETWORK}.")
     try:
-        module = seeded(seed, lambda: timm.create_model(model, pretrained=spec.kind == "hub"))
+        module = _constructed(spec, seed, lambda: timm.create_model(model, pretrained=spec.kind == "hub"))
     except Exception as error:  # whatever the hub's client raises, its HTTP library's own exceptions too
         if spec.kind != "hub":
             raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def identify(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> 
     found: dict[frozenset[str], Identity] = {}
     identities, texts = [], _texts(body)
     for tap in taps:
-        unused = frozenset(unused_modules(body, [tap], size))
+        unused = unused_modules(body, tap, size)
         if unused not in found:
             counted = {name: child for name, child in body.module.named_modules() if name not in unused}
             found[unused] = Identity(_weights(counted), _program(body, counted, texts))
@@ -50,37 +50,15 @@ def identify(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> 
     return tuple(identities)
 
 
-def unused_modules(body: Body, taps: Sequence[ResolvedTap], size: tuple[int, int]) -> set[str]:
-    """Dotted names of the modules that run only after the last tap."""
-    x = dummy(body, size, 1)
-    tapped = Tapped(body, taps)
-    with torch.no_grad():
-        needed, features = _entered(body.module, tapped, x)
-        try:
-            entered, _ = _entered(body.module, body.module, x)
-        except Exception:  # a body that fails behind its taps can't show what they don't need
-            return set()
-        unused = entered - needed
-        return unused if _is_unused(tapped, unused, features, x) else set()
+def unused_modules(body: Body, tap: ResolvedTap, size: tuple[int, int]) -> frozenset[str]:
+    """Dotted names of the modules behind a tap, if their tensors are shown not to matter to it; else none."""
+    unused = tap.behind - {""}  # timm's penultimate leaves out the root's own forward, yet uses what the root holds
+    return unused if _is_unused(Tapped(body, [tap]), unused, dummy(body, size, 1)) else frozenset()
 
 
-def _entered(root: nn.Module, run: nn.Module, x: Tensor) -> tuple[set[str], Any]:
-    names = {id(child): name for name, child in root.named_modules()}
-    entered: set[str] = set()
-
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        entered.add(names[id(module)])
-
-    handles = [child.register_forward_pre_hook(note) for child in root.modules()]
-    try:
-        return entered, run(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_unused(tapped: Tapped, unused: set[str], features: tuple[Tensor, ...], x: Tensor) -> bool:
-    """Whether the taps stay as they are when the tensors of these modules become NaN."""
+@torch.no_grad()
+def _is_unused(tapped: Tapped, unused: Collection[str], x: Tensor) -> bool:
+    """Whether the tap stays as it is when the tensors of these modules become NaN."""
     counted, other = set[int](), dict[str, Tensor]()
     for name, child in tapped.module.named_modules():
         for key, tensor in _tensors(child).items():
@@ -95,8 +73,11 @@ def _is_unused(tapped: Tapped, unused: set[str], features: tuple[Tensor, ...], x
     }
     if not poison:
         return True
-    poisoned = torch.func.functional_call(tapped, poison, (x,))
-    return all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(features, poisoned, strict=True))
+    (poisoned,) = torch.func.functional_call(tapped, poison, (x,))
+    if not poisoned.isnan().any():
+        return True
+    (features,) = tapped(x)  # it may hold NaN by itself
+    return torch.equal(features.isnan(), poisoned.isnan())
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from featurecache.bodies.channels import adapt_channels, adapt_statistics
@@ -24,11 +22,11 @@ from featurecache.bodies.families import (
     import_timm,
     parse_weights,
 )
+from featurecache.bodies.names import factory_names, timm_names, torchvision_names
 from featurecache.bodies.weights import read_weights
 from featurecache.data.transforms import Preprocessing
-from featurecache.errors import DependencyError, InputError, MissingFileError, RunError, did_you_mean
+from featurecache.errors import InputError, MissingFileError, RunError, did_you_mean
 
-ENTRY_POINTS = "featurecache.bodies"
 RUN_PREFIX = "run:"
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -102,13 +100,13 @@ def check_name(name: str) -> None:
     if FACTORY.fullmatch(name):
         return
     family, _, model = name.partition("/")
-    if family == "torchvision" and model in _torchvision_names():
+    if family == "torchvision" and model in torchvision_names():
         return
     if family == "timm" and model and ":" not in model and import_timm().is_model(model):
         return
-    known = [f"torchvision/{known}" for known in _torchvision_names()]
+    known = [f"torchvision/{known}" for known in torchvision_names()]
     if family == "timm":
-        known = [f"timm/{known}" for known in import_timm().list_models()]
+        known = [f"timm/{known}" for known in timm_names()]
     near = did_you_mean(name if "/" in name else f"torchvision/{name}", known)
     word = re.split(r"[\d_.]", model or name)[0] or "WORD"
     raise InputError(
@@ -205,7 +203,7 @@ def load_run_body(run_dir: Path, view: str | None, *, trust: Sequence[str] = ())
 
 def trusted_factories(trust: Sequence[str]) -> set[str]:
     """Factories that data may name: installed under the entry point, or repeated by the user."""
-    return {*trust, *(entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))}
+    return {*trust, *factory_names()}
 
 
 def _read_record(run_dir: Path) -> Mapping[str, Any]:
@@ -232,18 +230,3 @@ def _checked_file(run_dir: Path, file: str, hashes: Mapping[str, str]) -> Path:
     if hashes.get(file) != digest:
         raise RunError(f"run:{run_dir}: {file} has changed since the run was written (its SHA-256 differs)")
     return path
-
-
-def list_bodies(word: str = "") -> list[str]:
-    """Bodies whose names contain `word` in any case: torchvision's, timm's where installed, registered factories."""
-    names = [f"torchvision/{name}" for name in _torchvision_names()]
-    try:
-        names += [f"timm/{name}" for name in import_timm().list_models()]
-    except DependencyError:
-        pass  # an extra: without it the list is torchvision's alone
-    names += sorted(entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))
-    return [name for name in names if word.lower() in name.lower()]
-
-
-def _torchvision_names() -> list[str]:
-    return [str(name) for name in torchvision.models.list_models(module=torchvision.models)]

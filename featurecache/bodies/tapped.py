@@ -32,6 +32,7 @@ class ResolvedTap:
         parameters: of the pooling, see `pooling.Pooling`.
         shape: of one sample's features.
         dims: a name per dimension of `shape`.
+        behind: dotted names of the modules that a full pass enters and a pass up to this tap does not.
     """
 
     tap: str
@@ -42,6 +43,7 @@ class ResolvedTap:
     parameters: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
     dims: tuple[str, ...] = ()
+    behind: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def name(self) -> str:

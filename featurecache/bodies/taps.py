@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,13 @@ class ModuleInfo(NamedTuple):
     penultimate: bool
 
 
+class _Seen(NamedTuple):
+    """What a module took or gave in one call, and how many modules had been entered by then."""
+
+    value: Any
+    entered: int
+
+
 class _Trial:
     """One full pass over random pixels: which modules ran, in which order, and what went in and out (shapes only)."""
 
@@ -40,12 +47,11 @@ class _Trial:
         self.body, self.size = body, size
         self.names = {id(child): name for name, child in body.module.named_modules()}
         self.order: dict[str, None] = {}
-        self.inputs: dict[str, list[Any]] = {}
-        self.outputs: dict[str, list[Any]] = {}
+        self.inputs: dict[str, list[_Seen]] = {}
+        self.outputs: dict[str, list[_Seen]] = {}
         self.result: Any = None
-        self.pre_logits: Any = None
         self.failure = ""
-        x = dummy(body, size, BATCH)
+        self.x = dummy(body, size, BATCH)
         handles = [
             handle
             for name, child in body.module.named_modules()
@@ -56,32 +62,48 @@ class _Trial:
         ]
         try:
             with torch.no_grad():
-                self.result = _shadow(body.module(x))
+                self.result = _shadow(body.module(self.x))
         except Exception as error:  # a body may fail behind the last tap; whether it matters is decided per tap
             self.failure = f"{type(error).__name__}: {error}".split("\n")[0]
         finally:
             for handle in handles:
                 handle.remove()
-        if body.pre_logits:
-            timm: Any = body.module
+
+    def pre_logits(self) -> tuple[Any, set[str]]:
+        """What timm's head gives without its classifier, and the modules entered for it."""
+        timm: Any = self.body.module
+        entered: set[str] = set()
+
+        def note(module: nn.Module, args: Any) -> None:
+            entered.add(self.names[id(module)])
+
+        handles = [child.register_forward_pre_hook(note) for child in timm.modules()]
+        try:
             with torch.no_grad():
-                self.pre_logits = _shadow(timm.forward_head(timm.forward_features(x), pre_logits=True))
+                return _shadow(timm.forward_head(timm.forward_features(self.x), pre_logits=True)), entered
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def behind(self, needed: Collection[str]) -> frozenset[str]:
+        """The modules that only the full pass enters; none where it failed, since nothing then shows what it enters."""
+        return frozenset() if self.failure else frozenset(self.order.keys() - set(needed))
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self.inputs.setdefault(name, []).append(_Seen(_shadow(first_input(args, kwargs)), len(self.order)))
             self.order.setdefault(name)
-            self.inputs.setdefault(name, []).append(_shadow(first_input(args, kwargs)))
 
         return hook
 
     def _leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.outputs.setdefault(name, []).append(_shadow(output))
+            self.outputs.setdefault(name, []).append(_Seen(_shadow(output), len(self.order)))
 
         return hook
 
-    def call(self, tap: str, name: str, on: str, call: int | None) -> tuple[Any, int]:
-        """What a module took or gave in one of its calls, and which call that is."""
+    def call(self, tap: str, name: str, on: str, call: int | None) -> tuple[Any, int, frozenset[str]]:
+        """What a module took or gave in one of its calls, which call that is, and the modules behind it."""
         values = (self.inputs if on == INPUT else self.outputs).get(name, [])
         if not values:
             self.refuse(f"tap {tap!r}: module {name!r} never ran in the forward pass", name, self.outputs)
@@ -95,7 +117,8 @@ class _Trial:
             raise InputError(
                 f"tap {tap!r}: module {name!r} runs {len(values)} times, so the last is {name}#{len(values) - 1}"
             )
-        return values[index], index
+        seen = values[index]
+        return seen.value, index, self.behind([*self.order][: seen.entered])
 
     def refuse(self, message: str, name: str, choices: Mapping[str, Any]) -> None:
         """Raise with the nearest name, and with what stopped the pass if something did."""
@@ -154,7 +177,7 @@ def _resolve(trial: _Trial, tap: Tap) -> ResolvedTap:
     module = trial.body.module
     text = tap.module
     if text == PENULTIMATE:
-        name, on, call, value = _penultimate(trial)
+        name, on, call, value, behind = _penultimate(trial)
     else:
         path, _, index = text.partition("#")
         if index and not index.isdecimal():
@@ -163,7 +186,7 @@ def _resolve(trial: _Trial, tap: Tap) -> ResolvedTap:
         if path not in names or not path:
             trial.refuse(f"tap {text!r}: {trial.body.name} has no module {path!r}", path, names)
         name, on = trial.names[id(names[path])], OUTPUT
-        value, call = trial.call(text, name, on, int(index) if index else None)
+        value, call, behind = trial.call(text, name, on, int(index) if index else None)
         text = f"{path}#{call}" if len(trial.outputs[name]) > 1 else path
     where = f"tap {text!r} of {trial.body.name}"
     x = as_tensor(value, where)
@@ -175,26 +198,27 @@ def _resolve(trial: _Trial, tap: Tap) -> ResolvedTap:
     target = module if on in (BODY, PRE_LOGITS) else module.get_submodule(name)
     pooling, kind = choose_pooling(tap.pool, x, size=trial.size, module=target, body=module, where=where)
     shape = tuple(pooling(x).shape[1:])
-    return ResolvedTap(text, name, on, call, pooling.name, pooling.parameters, shape, pooling.dims(kind))
+    return ResolvedTap(text, name, on, call, pooling.name, pooling.parameters, shape, pooling.dims(kind), behind)
 
 
-def _penultimate(trial: _Trial) -> tuple[str, str, int, Any]:
+def _penultimate(trial: _Trial) -> tuple[str, str, int, Any, frozenset[str]]:
     body = trial.body
     if body.pre_logits:
-        return "forward_head", PRE_LOGITS, 0, trial.pre_logits
+        value, needed = trial.pre_logits()
+        return "forward_head", PRE_LOGITS, 0, value, trial.behind(needed)
     if body.classifier is not None:
-        value, call = trial.call(PENULTIMATE, body.classifier, INPUT, None)
-        return body.classifier, INPUT, call, value
+        value, call, behind = trial.call(PENULTIMATE, body.classifier, INPUT, None)
+        return body.classifier, INPUT, call, value, behind
     if trial.failure:
         trial.refuse(f"tap {PENULTIMATE!r}: the body gave nothing", "", {})
     if not isinstance(trial.result, Tensor):
-        taps = [name for name, values in trial.outputs.items() if name and isinstance(values[0], Tensor)]
+        taps = [name for name, values in trial.outputs.items() if name and isinstance(values[0].value, Tensor)]
         raise InputError(
             f"tap 'penultimate': {body.name} has no known classifier and gives a {type(trial.result).__name__}, "
             "not a tensor. "
             f"Name a tap: {', '.join(taps[-5:])}. List all: featurecache bodies show {body.name}"
         )
-    return "", BODY, 0, trial.result
+    return "", BODY, 0, trial.result, frozenset()
 
 
 def describe(body: Body, size: tuple[int, int]) -> list[ModuleInfo]:
@@ -216,7 +240,8 @@ def describe(body: Body, size: tuple[int, int]) -> list[ModuleInfo]:
     for name in [*trial.order, *rest]:
         if name:
             outputs = trial.outputs.get(name, [])
-            shape = tuple(outputs[0].shape[1:]) if outputs and isinstance(outputs[0], Tensor) else None
+            first = outputs[0].value if outputs else None
+            shape = tuple(first.shape[1:]) if isinstance(first, Tensor) else None
             kind = type(body.module.get_submodule(name)).__name__
             lines.append(ModuleInfo(name, kind, shape, len(outputs), name == body.classifier))
     return lines

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from featurecache.cli import bodies, demo, extract, heads, joint, predict, stores
+from featurecache.cli import (
+    ablate,
+    bodies,
+    compare,
+    demo,
+    export,
+    extract,
+    heads,
+    joint,
+    maintenance,
+    predict,
+    stores,
+    tune,
+)
 from featurecache.cli.output import DONE, INTERRUPTED, WRONG, print_json
 
 app = typer.Typer(
@@ -23,8 +36,16 @@ app.command("fit-head", epilog=heads.EPILOG)(heads.fit_head)
 app.command("finetune-joint", epilog=joint.EPILOG)(joint.finetune_joint)
 app.command("predict", epilog=predict.PREDICT_EPILOG)(predict.predict)
 app.command("evaluate", epilog=predict.EVALUATE_EPILOG)(predict.evaluate)
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("ablate", epilog=ablate.EPILOG)(ablate.ablate)
+app.command("tune", epilog=tune.EPILOG)(tune.tune)
+app.command("export", epilog=export.EPILOG)(export.export)
 app.command("info", epilog=stores.INFO_EPILOG)(stores.info)
 app.command("verify", epilog=stores.VERIFY_EPILOG)(stores.verify)
+app.command("rm", epilog=maintenance.RM_EPILOG)(maintenance.rm)
+app.command("prune", epilog=maintenance.PRUNE_EPILOG)(maintenance.prune)
+app.command("forget", epilog=maintenance.FORGET_EPILOG)(maintenance.forget)
+app.command("compact", epilog=maintenance.COMPACT_EPILOG)(maintenance.compact)
 app.add_typer(bodies.app, name="bodies")
 
 

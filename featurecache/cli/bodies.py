@@ -24,7 +24,7 @@ def list_names(
 ) -> None:
     """List the bodies that can be named: torchvision's, timm's where installed, registered plug-ins."""
     with command("bodies list", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.bodies.registry import list_bodies
+        from featurecache.bodies.names import list_bodies
 
         names = list_bodies(word)
         output.outputs = names

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featurecache.extract import Summary
 
 STORE = "Store"
+REPLICAS = "Augmented replicas"
 
 
 class StoreDtype(StrEnum):
@@ -31,6 +32,7 @@ class EngineOption(StrEnum):
 
     auto = "auto"
     torch = "torch"
+    openvino = "openvino"
 
 
 class Codec(StrEnum):
@@ -80,7 +82,9 @@ def extract(
     flip_if: opt.FlipIf = None,
     body: opt.BodyOption = None,
     weights: opt.Weights = None,
-    seed: Annotated[int | None, typer.Option(help="Of random weights.", rich_help_panel=opt.BODY)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of random weights, and of replicas.", rich_help_panel=opt.BODY)
+    ] = None,
     tap: opt.TapOption = None,
     image_size: opt.ImageSize = None,
     resize: opt.Resize = None,
@@ -107,11 +111,26 @@ def extract(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what failed before.", rich_help_panel=STORE)
     ] = False,
+    replicas: Annotated[
+        int, typer.Option(metavar="K", help="Cache K random versions of each image too.", rich_help_panel=REPLICAS)
+    ] = 0,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME", help="crop, flip, vflip, rotate, colour; default crop,flip.", rich_help_panel=REPLICAS
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be computed and why; write nothing.", rich_help_panel=STORE),
     ] = False,
-    engine: Annotated[EngineOption, typer.Option(rich_help_panel=opt.DEVICE)] = EngineOption.auto,
+    engine: Annotated[
+        EngineOption,
+        typer.Option(
+            help="auto: as the rows of the store were made; else openvino on a CPU, torch elsewhere.",
+            rich_help_panel=opt.DEVICE,
+        ),
+    ] = EngineOption.auto,
     device: opt.DeviceOption = "auto",
     precision: opt.PrecisionOption = opt.PrecisionChoice.auto,
     batch_size: opt.BatchSize = "auto",
@@ -126,7 +145,7 @@ def extract(
 
         params = ctx.params
         names = list(opt.pairs("--view", view)) or ["image"]
-        own = ("store", "name", "replace", "seed", "rows_per_chunk", "retry_failed")
+        own = ("store", "name", "replace", "seed", "rows_per_chunk", "retry_failed", "replicas")
         chosen = ("store_dtype", "codec", "check", "on_error", "engine")
         config = ExtractConfig.create(
             {
@@ -136,6 +155,7 @@ def extract(
                 **{key: params[key] for key in own},
                 **{key: str(params[key]) for key in chosen},
                 **({"tap": opt.taps(tap, names)} if tap else {}),
+                "augment": opt.listed(augment),
             },
             source="extract",
         )
@@ -165,6 +185,9 @@ def show(output: Output, summary: Summary) -> None:
     rate = f" ({summary.images_per_second:,.1f} images/s)" if summary.computed else ""
     output.text(f"computed  {summary.computed:,}{rate}")
     output.text(f"reused    {summary.reused:,} ({math.floor(share * 10) / 10:g} % reused)")
+    if summary.replicas:
+        counts = f"computed {summary.replicas_computed:,}, reused {summary.replicas_reused:,}"
+        output.text(f"replicas  {summary.replicas} of each image: {counts}")
     output.text(f"failed    {summary.failed:,}" + (f", see {summary.store}/failures.csv" if summary.failed else ""))
     output.text(f"written   {human_bytes(summary.bytes_written)} to {summary.store}")
     for view, recipe in summary.recipes.items():

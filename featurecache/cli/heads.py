@@ -48,6 +48,12 @@ def fit_head(
         bool, typer.Option("--allow-partial", help="Use what is extracted so far.", rich_help_panel=opt.DATA)
     ] = False,
     missing: opt.MissingOption = opt.MissingChoice.zero,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="all|none", help="Train on augmented versions too, where there are.", rich_help_panel=opt.DATA
+        ),
+    ] = "all",
     task: opt.TaskOption = opt.TaskChoice.auto,
     uncertain: opt.Uncertain = None,
     split: opt.Split = "auto",
@@ -62,6 +68,26 @@ def fit_head(
     bootstrap: Annotated[
         int, typer.Option(help="Resamples of the groups per interval; 0 for none.", rich_help_panel=opt.SPLIT)
     ] = 1000,
+    cv: Annotated[
+        int | None,
+        typer.Option(
+            "--cv", metavar="K", min=2, help="Cross-validate: out-of-fold predictions.", rich_help_panel=opt.SPLIT
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sensitivity=X",
+            help="Or specificity=X: decide there; chosen on validation.",
+            rich_help_panel=opt.SPLIT,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="temperature|isotonic", help="Put probabilities right on validation.", rich_help_panel=opt.SPLIT
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -76,7 +102,7 @@ def fit_head(
             {
                 **opt.target_options(params),
                 **opt.split_options(params),
-                **{name: params[name] for name in (*own, "bootstrap")},
+                **{name: params[name] for name in (*own, "bootstrap", "cv", "at", "calibrate", "replicas")},
                 "missing": str(missing),
                 "views": opt.listed(views),
                 "tap": opt.taps(tap, opt.named_views(tap)),
@@ -85,7 +111,7 @@ def fit_head(
             },
             source="fit-head",
         )
-        from featurecache.fit import fit_from_config
+        from featurecache.crossval import fit_from_config
         from featurecache.heads.base import get_head
 
         known = get_head(head).Settings.model_fields
@@ -106,6 +132,7 @@ def short_path(path: Path) -> str:
 def show_run(output: Output, run: Run) -> None:
     """The metrics of a run, test first, with intervals; what was left out, and why."""
     path = short_path(run.path)
+    cv = run.record.get("cv") or {}
     output.outputs = [path]
     output.failed = list(run.record.get("failed", ()))
     output.figures = {
@@ -113,23 +140,34 @@ def show_run(output: Output, run: Run) -> None:
         "task": run.task,
         "views": list(run.views),
         "skipped": list(run.record.get("skipped", ())),
+        **({"folds": cv["folds"]} if cv else {}),
+        "replicas": (run.record.get("replicas") or {}).get("count", 0),
         **{name: run.record[name] for name in ("n_dropped", "n_failed") if name in run.record},
         **{f"unreadable_{view}": count for view, count in run.record.get("failed_views", {}).items()},
         **flat_metrics(run.metrics),
     }
     output.text(f"run       {path} ({run.task}, views {', '.join(run.views)})")
+    if output.figures["replicas"]:
+        output.text(f"trained   on {output.figures['replicas']} replicas of each training image too, evaluated without")
     for split in ("test", "valid", "train"):
         if split in run.metrics:
-            output.text(metric_line(split, run.metrics[split]))
+            output.text(metric_line(split_label(run, split), run.metrics[split]))
     skipped = run.record.get("skipped", ())
     if skipped:
         why = "without a training sample" if run.task == "multiclass" else "without a known positive or negative"
         output.text(f"skipped   {', '.join(skipped)}: {why} in training")
+    if lacking := cv.get("skipped"):
+        output.text(f"skipped   {', '.join(lacking)}: not in the training samples of every fold")
     for view, count in run.record.get("failed_views", {}).items():
         output.text(f"missing   view {view} of {count:,} samples: the image could not be read")
     if run.record.get("n_dropped"):
         output.text(f"left out  {run.record['n_dropped']:,} samples without the views")
     output.text(f"report    {path}/report.html")
+
+
+def split_label(run: Run, split: str) -> str:
+    """What the samples of a split are called in a line."""
+    return "folds" if run.record.get("cv") and split == "test" else split
 
 
 def metric_line(split: str, metrics: dict[str, Any]) -> str:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurecache.cli import options as opt
-from featurecache.cli.heads import flat_metrics, metric_line
+from featurecache.cli.heads import flat_metrics, metric_line, split_label
 from featurecache.cli.output import Debug, Json, Output, Quiet, command
 from featurecache.cli.progress import reporter
 
 if TYPE_CHECKING:
+    from featurecache.evaluation.subgroups import Subgroup
     from featurecache.newsamples import NewSamples
     from featurecache.run import Run
 
@@ -22,7 +23,7 @@ PREDICT_EPILOG = (
     "Example: featurecache predict runs/xgb new.csv --out preds.csv --store cache. Single files of a two-view run: "
     "featurecache predict runs/xgb frontal=a.png lateral=b.png --out preds.csv"
 )
-EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache"
+EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache --by site"
 
 
 def new_samples(run: Run, params: dict[str, Any], sources: tuple[str, ...]) -> NewSamples:
@@ -101,42 +102,64 @@ def evaluate(
     device: opt.DeviceOption = "auto",
     batch_size: opt.BatchSize = "auto",
     workers: opt.Workers = "auto",
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Measure each value of a column on its own, too.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Without MANIFEST: where COLUMN is, by sample_id; the run's manifest, say.")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="sensitivity=X", help="Or specificity=X: decide there; chosen on the run's validation."),
+    ] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the groups per interval; 0 for none.")] = 1000,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show the metrics of a run, or measure it on new labelled samples into RUN/evaluations/; its own files stay."""
+    """Show the metrics of a run, or measure it on new labelled samples or by subgroups into RUN/evaluations/."""
     with command("evaluate", as_json=as_json, quiet=quiet, debug=debug) as output:
         from featurecache.run import load_run
 
         loaded = load_run(run)
-        if manifest is None:
+        if manifest is None and by is None and at is None:
             output.outputs = [str(run)]
             output.figures = {"run": str(run), **flat_metrics(loaded.metrics)}
             for split in ("test", "valid", "train"):
                 if split in loaded.metrics:
-                    output.text(metric_line(split, loaded.metrics[split]))
+                    output.text(metric_line(split_label(loaded, split), loaded.metrics[split]))
             output.next = f"featurecache evaluate {run} MANIFEST measures on new labelled samples"
             return
         from featurecache.evaluate import evaluate as run_evaluation
+        from featurecache.evaluate import evaluate_own
 
-        with reporter(quiet=quiet) as progress:
-            new = new_samples(loaded, ctx.params, (manifest,))
-            found = run_evaluation(loaded, new, bootstrap=bootstrap, reporter=progress)
+        if manifest is None:
+            found = evaluate_own(loaded, by=by, table=table, at=at, bootstrap=bootstrap)
+        else:
+            with reporter(quiet=quiet) as progress:
+                new = new_samples(loaded, ctx.params, (manifest,))
+                found = run_evaluation(loaded, new, by=by, at=at, bootstrap=bootstrap, reporter=progress)
         output.outputs = [str(found.path)]
-        output.failed = found.scored.failures
-        output.figures = {
-            "run": str(run),
-            "samples": len(found.scored.sample_ids),
-            "computed": found.scored.computed,
-            "reused": found.scored.reused,
-            **flat_metrics(found.metrics),
-        }
-        tell_notes(output, found.scored.notes)
-        output.text(metric_line("test", found.metrics["test"]))
+        output.figures = {"run": str(run), **flat_metrics(found.metrics)}
+        if found.scored is not None:
+            output.failed = found.scored.failures
+            samples = {"samples": len(found.scored.sample_ids)}
+            output.figures |= {**samples, "computed": found.scored.computed, "reused": found.scored.reused}
+        tell_notes(output, [*(found.scored.notes if found.scored is not None else ()), *found.notes])
+        output.text(metric_line(split_label(loaded, "test") if manifest is None else "test", found.metrics["test"]))
+        show_subgroups(output, by or "", found.subgroups)
         output.text(f"written   {found.path}")
         output.next = f"compare with the run's own: featurecache evaluate {run}"
+
+
+def show_subgroups(output: Output, by: str, subgroups: list[Subgroup]) -> None:
+    """A line each, and whether it is too small to say much."""
+    if not subgroups:
+        return
+    output.figures["by"] = {"column": by, "subgroups": {part.value: part.to_json() for part in subgroups}}
+    for part in subgroups:
+        line = metric_line(f"{by}={part.value or '(empty)'}", part.to_json())
+        output.text(f"{line}{f'  (small: {part.small})' if part.small else ''}")
 
 
 def tell_notes(output: Output, notes: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`featurecache info` and `verify`: what a store holds, and whether it is sound."""
+"""`featurecache info` and `verify`: what a store holds, whether it is sound, and whether its numbers still hold."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from featurecache.cli.output import FAILED, Debug, Json, Quiet, command, human_bytes
+from featurecache.cli import options as opt
+from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, human_bytes
 
 STORE = Annotated[Path, typer.Argument(help="A store.")]
 INFO_EPILOG = "Example: featurecache info cache"
-VERIFY_EPILOG = "Example: featurecache verify cache --repair"
+VERIFY_EPILOG = "Example: featurecache verify cache --repair; featurecache verify cache --recompute 100"
 
 
 def info(store: STORE, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
@@ -27,9 +28,10 @@ def info(store: STORE, as_json: Json = False, quiet: Quiet = False, debug: Debug
         output.text(f"store     {store}: {human_bytes(size)}, format {found['format']}")
         for recipe in found["recipes"]:
             taps = ", ".join(f"{name} {tuple(tap['shape'])} {tap['dtype']}" for name, tap in recipe["taps"].items())
+            rows = f"{recipe['rows']:,} rows" + (" of replicas" if recipe["replicas"] else "")
             made = f"{recipe['body']}, {recipe['engine']} {recipe['precision']}"
             failed = f", {recipe['failures']:,} failed" if recipe["failures"] else ""
-            output.text(f"recipe    {recipe['id']}: {recipe['rows']:,} rows{failed}, {made}, {taps}")
+            output.text(f"recipe    {recipe['id']}: {rows}{failed}, {made}, {taps}")
         for dataset in found["datasets"]:
             output.text(f"dataset   {dataset['name']}: {dataset['samples']:,} samples of {dataset['manifest']}")
             for view, counts in dataset["views"].items():
@@ -47,6 +49,13 @@ def verify(
     rebuild_index: Annotated[
         bool, typer.Option("--rebuild-index", help="Make the index anew from the features.")
     ] = False,
+    recompute: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Extract N random rows once more; how far have the numbers drifted?"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of --recompute.")] = 0,
+    device: opt.DeviceOption = "auto",
+    trust_factory: opt.TrustFactory = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -84,7 +93,24 @@ def verify(
         output.text("sound" if found.ok else f"{len(found.problems):,} problems")
         if not found.ok:
             output.status = FAILED
-            broken = any(problem.kind in ("index", "unknown") for problem in found.problems)
+            broken = any(problem.kind in ("index", "unknown", "keys", "rows") for problem in found.problems)
             output.next = f"featurecache verify {store} {'--rebuild-index' if broken else '--repair'}"
         elif any(report.dropped for _, report in done):
             output.next = "featurecache extract ... with the same manifest computes the dropped rows again"
+        if recompute is not None and found.ok:
+            measure_drift(output, store, recompute, seed=seed, device=device, trust=trust_factory or [])
+
+
+def measure_drift(output: Output, store: Path, rows: int, *, seed: int, device: str, trust: list[str]) -> None:
+    """Add what became of rows that were extracted once more; too much drift is a failure."""
+    from featurecache.recompute import recompute
+
+    drift = recompute(store, rows, seed=seed, device=device, trust=trust)
+    output.figures |= drift.to_json()
+    for recipe in drift.recipes:
+        for line in recipe.lines():
+            output.text(line)
+    if drift.ok:
+        return
+    output.status = FAILED
+    output.text("drifted" if drift.recomputed else "no row could be recomputed")

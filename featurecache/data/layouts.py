@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import polars as pl
 
 from featurecache.config import ManifestConfig
@@ -226,21 +227,31 @@ def _cells(
         "column": pl.String,
     }
     everything = pl.concat([pl.DataFrame(schema=schema), *parts])
-    keys = ["sample", "number"]
-    held = everything.filter(pl.col("value").is_not_null()).sort([*keys, "position"])
-    held = held.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).over(keys).alias("ordinal"))
-    if config.multi == "error":
-        problems += _several(held.filter(pl.len().over(keys) > 1), views, ids, source)
+    # One number for sample and view: sorting and comparing one column is several times as fast as two.
+    everything = everything.with_columns(place=pl.col("sample").cast(pl.Int64) * len(views) + pl.col("number"))
+    held = everything.filter(pl.col("value").is_not_null()).sort("place", "position")
+    held = held.with_columns(ordinal=_ordinals(held["place"]))
+    if config.multi == "error" and (held["ordinal"] > 0).any():
+        problems += _several(held.filter(pl.len().over("place") > 1), views, ids, source)
     elif config.multi == "first":
         held = held.filter(pl.col("ordinal") == 0)
     rows = everything.group_by("sample").agg(pl.col("row").min())
     absent = rows.join(pl.DataFrame({"number": range(len(views))}, schema={"number": pl.Int32}), how="cross")
-    absent = absent.join(held.select(keys), on=keys, how="anti").with_columns(
+    absent = absent.with_columns(place=pl.col("sample").cast(pl.Int64) * len(views) + pl.col("number"))
+    absent = absent.join(held.select("place"), on="place", how="anti").with_columns(
         pl.lit(0, dtype=pl.Int32).alias("ordinal"), pl.lit("{}").alias("selector")
     )
+    cells = pl.concat([held, absent], how="diagonal").sort("place", "ordinal") if absent.height else held
     names = pl.Series("view", views, dtype=pl.String)
-    cells = pl.concat([held, absent], how="diagonal").sort([*keys, "ordinal"])
-    return cells.with_columns(names.gather(cells["number"]).alias("view"))
+    return cells.drop("place").with_columns(names.gather(cells["number"]).alias("view"))
+
+
+def _ordinals(places: pl.Series) -> pl.Series:
+    """0, 1, ... within each run of equal numbers."""
+    values = places.to_numpy()
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    counts = np.diff(starts, append=len(values))
+    return pl.Series("ordinal", np.arange(len(values)) - np.repeat(starts, counts), dtype=pl.Int32)
 
 
 def _several(held: pl.DataFrame, views: tuple[str, ...], ids: pl.Series, source: Source) -> Iterator[str]:

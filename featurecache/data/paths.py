@@ -33,9 +33,9 @@ def locate(values: pl.Series, root: str, *, allow_outside: bool) -> pl.DataFrame
     full = pl.when(absolute).then(path).otherwise(pl.lit(prefix) + path)
     table = values.unique(maintain_order=True).rename("value").to_frame()
     table = table.with_columns(full.alias("full")).with_columns(
-        pl.col("full").str.replace(r"/[^/]*$", "/").alias("folder"),
-        pl.col("full").str.extract(r"([^/]*)$").fill_null("").alias("name"),
+        pl.col("full").str.replace(r"/[^/]*$", "/").alias("folder")
     )
+    table = table.with_columns(pl.col("full").str.strip_prefix(pl.col("folder")).alias("name"))
     folders = table.group_by("folder", maintain_order=True).agg("name")
     inside = _Inside(base, allow_outside)
     resolved: dict[str, str] = {}
@@ -92,9 +92,10 @@ def _look(
     folder: str, names: Sequence[str], inside: _Inside, root: str
 ) -> list[tuple[str, tuple[str | None, str | None]]]:
     """What is not simply a file: (name, (location, problem)) of links, and of all that is missing or no file."""
-    kinds = _few(folder, names) if len(names) < _FEW else _list(folder, set(names))
+    wanted = names if len(names) < _FEW else sorted(set(names) - _files(folder))
+    kinds = _kinds(folder, wanted)
     odd: list[tuple[str, tuple[str | None, str | None]]] = []
-    for name in names:
+    for name in wanted:
         kind = kinds.get(name)
         if kind == "file":
             continue
@@ -120,7 +121,7 @@ def _follow(path: str, inside: _Inside, root: str) -> tuple[str | None, str | No
     return (target, None) if os.path.isfile(target) else (None, "is a link to something that is not a file")
 
 
-def _few(folder: str, names: Sequence[str]) -> dict[str, str]:
+def _kinds(folder: str, names: Sequence[str]) -> dict[str, str]:
     kinds = {}
     for name in names:
         try:
@@ -132,23 +133,13 @@ def _few(folder: str, names: Sequence[str]) -> dict[str, str]:
     return kinds
 
 
-def _list(folder: str, wanted: set[str]) -> dict[str, str]:
-    kinds = {}
+def _files(folder: str) -> set[str]:
+    """The plain files of a folder; none where it can't be listed: it may still be entered."""
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name in wanted:
-                    if entry.is_symlink():
-                        kinds[entry.name] = "link"
-                    elif entry.is_file(follow_symlinks=False):
-                        kinds[entry.name] = "file"
-                    else:
-                        kinds[entry.name] = "folder" if entry.is_dir(follow_symlinks=False) else "other"
-    except PermissionError:
-        return _few(folder, list(wanted))  # may be entered, but not listed
+            return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
     except OSError:
-        pass
-    return kinds
+        return set()
 
 
 def _frame(rows: Sequence[tuple[str | None, ...]], columns: list[str]) -> pl.DataFrame:

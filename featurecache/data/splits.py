@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,57 @@ def make_splits(
     joined = _joined(groups, content)
     splits = np.full(len(ids), "", dtype="<U5")
     rows = np.flatnonzero(target.known)
-    splits[rows] = _divide(joined[rows], _strata(target)[rows], config, head)
+    fractions = {"train": 1 - config.valid - config.test, "valid": config.valid, "test": config.test}
+    splits[rows] = _divide(joined[rows], _strata(target)[rows], fractions, config.seed, head)
     return splits
+
+
+def fold_splits(
+    table: pl.DataFrame,
+    target: Target,
+    config: SplitConfig,
+    folds: int,
+    *,
+    content: Content | None = None,
+    source: str = "",
+) -> list[np.ndarray]:
+    """Grouped, stratified folds for cross-validation: every sample with a known label is tested exactly once.
+
+    What is not tested in a fold is divided again: a share of `config.valid` for validation, the rest for training.
+
+    Args:
+        table: as for `make_splits`.
+        target: as for `make_splits`.
+        config: group, seed and share of validation; its `split` must be `auto`, its `test` is not used.
+        folds: how many, 2 or more.
+        content: as for `make_splits`.
+        source: as for `make_splits`.
+
+    Returns:
+        Per fold (n,) of "train", "valid", "test" or "" (not used).
+
+    Raises:
+        InputError: fewer than 2 folds, fewer groups than a division needs, a split column beside it.
+    """
+    head = f"{source}: " if source else ""
+    if folds < 2:
+        raise InputError(f"{head}{folds} folds: at least 2 are needed")
+    if config.split != "auto":
+        raise InputError(f"{head}folds and a split column ({config.split!r}) contradict each other: give either")
+    joined = _joined(sample_groups(table, config.group), content)
+    rows = np.flatnonzero(target.known)
+    joined, strata = joined[rows], _strata(target)[rows]
+    fold_of = _divide(joined, strata, {f"{fold:04}": 1 / folds for fold in range(folds)}, config.seed, head)
+    found = []
+    for fold in range(folds):
+        splits = np.full(table.height, "", dtype="<U5")
+        tested = fold_of == f"{fold:04}"
+        splits[rows[tested]] = "test"
+        rest = ~tested
+        shares = {"train": 1 - config.valid, "valid": config.valid}
+        splits[rows[rest]] = _divide(joined[rest], strata[rest], shares, config.seed, head)
+        found.append(splits)
+    return found
 
 
 def _from_column(table: pl.DataFrame, column: str, head: str) -> np.ndarray:
@@ -154,9 +203,9 @@ def _strata(target: Target) -> np.ndarray:
     )
 
 
-def _divide(groups: np.ndarray, strata: np.ndarray, config: SplitConfig, head: str) -> np.ndarray:
-    fractions = {"train": 1 - config.valid - config.test, "valid": config.valid, "test": config.test}
-    names = [name for name in SPLITS if fractions[name] > 0]
+def _divide(groups: np.ndarray, strata: np.ndarray, fractions: Mapping[str, float], seed: int, head: str) -> np.ndarray:
+    """The side of each row (n,): a name of `fractions`."""
+    names = [name for name in fractions if fractions[name] > 0]
     units, unit_of = np.unique(groups, return_inverse=True)
     sizes = np.bincount(unit_of, minlength=len(units))
     facts = f"{len(groups)} samples with a known target are in {len(units)} group{'s' * (len(units) != 1)}"
@@ -166,11 +215,11 @@ def _divide(groups: np.ndarray, strata: np.ndarray, config: SplitConfig, head: s
         raise InputError(f"{head}{len(names)} splits need at least as many groups, but {facts}")
     wanted = np.array([fractions[name] for name in names])
     large = sizes > _LARGE * wanted.min() * len(groups)
-    hashes = np.array([_hash(config.seed, name) for name in units.tolist()], dtype=np.uint64)
+    hashes = np.array([_hash(seed, name) for name in units.tolist()], dtype=np.uint64)
     order = np.lexsort((hashes, np.where(large, -sizes, 0)))
     side_of = _place(order.tolist(), large.tolist(), sizes.tolist(), _members(unit_of, strata), wanted)
     side_of = _none_empty(np.asarray(side_of), sizes, hashes, len(names))
-    return np.asarray(np.array(names, dtype="<U5")[side_of][unit_of])
+    return np.asarray(np.array(names)[side_of][unit_of])
 
 
 def _none_empty(side_of: np.ndarray, sizes: np.ndarray, hashes: np.ndarray, n_sides: int) -> np.ndarray:

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from featurecache.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, resize, to_tensor
 from featurecache.data.readers.base import Decoded
@@ -161,6 +159,9 @@ class Augmentation:
         if "vflip" in self.names and draw.vflip:
             tensor = tensor.flip(-2)
         if "rotate" in self.names and draw.angle:
+            from torchvision.transforms import InterpolationMode
+            from torchvision.transforms.v2 import functional as tv  # loads torch's compiler: only who augments pays
+
             whole = tensor.dtype == torch.uint8
             fill = [round(value * 255) if whole else value for value in preprocessing.mean]
             tensor = tv.rotate(tensor, draw.angle, interpolation=InterpolationMode.BILINEAR, fill=fill)
@@ -189,6 +190,8 @@ class Augmentation:
 
     def _colour(self, tensor: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
         """Brightness for any channels, contrast for 1 and 3, saturation for 3."""
+        from torchvision.transforms.v2 import functional as tv
+
         factors = [1 + (2 * number - 1) * self.strength for number in numbers]
         if tensor.shape[0] not in (1, 3):
             bright = tensor.to(torch.float32) * factors[0]

@@ -6,7 +6,8 @@ at once: 1,000 resamples cost a few matrix products and one sort per class.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,73 @@ def replicates(
     wanted = _wanted(target, metrics)
     tables = _sample(weighted_parts(target, scores, threshold, wanted), wanted, target, groups, n, seed)
     return {name: mean_defined([table[name] for table in tables]) for name in wanted}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one model said about the test rows of a division: scores as in `compute_metrics`, and its threshold."""
+
+    scores: NDArray[Any]
+    threshold: Threshold = None
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The test rows of one division of the samples (a seed's, or a fold) and what several models said about them.
+
+    Attributes:
+        rows: int64 (m,), positions among all samples.
+        target: of these rows, (m,).
+        said: by model, aligned with `rows`; every repeat holds the same models.
+    """
+
+    rows: NDArray[np.int64]
+    target: Target
+    said: Mapping[str, Said]
+
+
+def repeated(repeats: Sequence[Repeat], metric: str) -> dict[str, float]:
+    """A metric of each model, averaged over the divisions in which it is defined; NaN where it never is."""
+    found = {}
+    for name in repeats[0].said:
+        values = [
+            _observed(repeat.target, repeat.said[name].scores, repeat.said[name].threshold, [metric])[metric]
+            for repeat in repeats
+        ]
+        found[name] = float(mean_defined([np.array([value]) for value in values])[0])
+    return found
+
+
+def repeated_replicates(
+    repeats: Sequence[Repeat], groups: Sequence[Any] | NDArray[Any], metric: str, *, n: int = 1000, seed: int = 0
+) -> dict[str, Array]:
+    """The same on resamples of the groups of all samples, (n,) per model, NaN where undefined.
+
+    A group that is in the test rows of several divisions is drawn for all of them at once, so that the repeats do not
+    pass for more data than there are. Differences of two models' replicates are paired.
+
+    Args:
+        repeats: divisions of the same samples.
+        groups: (n_samples,) what is drawn, with replacement.
+        metric: of the task.
+        n: resamples.
+        seed: the same seed draws the same resamples.
+    """
+    wanted = _wanted(repeats[0].target, [metric])
+    parts = []
+    for repeat in repeats:
+        rows = repeat.rows[np.asarray(repeat.target.known)]
+        for name, said in repeat.said.items():
+            parts.append((rows, name, weighted_parts(repeat.target, said.scores, said.threshold, wanted)))
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    blocks: dict[str, list[Array]] = {name: [] for name in repeats[0].said}
+    for weights in _weights(codes, n, seed):
+        values: dict[str, list[Array]] = {name: [] for name in blocks}
+        for rows, name, of_labels in parts:
+            values[name].append(mean_defined([part(weights[:, rows])[metric] for part in of_labels]))
+        for name, of_repeats in values.items():
+            blocks[name].append(mean_defined(of_repeats))
+    return {name: np.concatenate(of_blocks) for name, of_blocks in blocks.items()}
 
 
 def percentile_interval(values: Array) -> list[float] | None:

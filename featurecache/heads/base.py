@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from featurecache import config
 from featurecache.errors import InputError, RunError, did_you_mean
-from featurecache.features import Block, Features
-from featurecache.heads.fold import CHUNK, Fold, untrainable, with_target
+from featurecache.features import Block, Features, chunk_rows, reading_order
+from featurecache.heads.fold import Fold, untrainable, with_target
 from featurecache.heads.record import (
     PICKLE,
     RECORD,
@@ -26,6 +26,7 @@ from featurecache.heads.record import (
     read_record,
     write_record,
 )
+from featurecache.heads.space import Space
 
 __all__ = ["Fold", "Head", "Progress", "get_head", "head_names", "load_head", "read_record", "untrainable"]
 
@@ -69,6 +70,8 @@ class Head(ABC):
     input: ClassVar[Literal["vector", "maps"]] = "vector"
     Settings: ClassVar[type[config.Settings]]
     file: ClassVar[str]
+    importance_kind: ClassVar[str] = ""
+    search_space: ClassVar[Space] = {}
 
     task_: str
     classes_: tuple[str, ...]
@@ -118,8 +121,8 @@ class Head(ABC):
         Raises:
             InputError: the rows do not allow training (one class only, no known target, other columns in `valid`).
         """
-        train = with_target(train, "training")
-        valid = with_target(valid, "validation") if valid is not None else None
+        train = with_target(train, "training").to_read()
+        valid = with_target(valid, "validation").to_read() if valid is not None else None
         if valid is not None and valid.features.blocks != train.features.blocks:
             raise InputError("training and validation features have different columns")
         target = train.target
@@ -157,7 +160,8 @@ class Head(ABC):
             raise InputError(
                 f"head {self.name!r} was fitted on {self.n_features} features, got an array of shape {x.shape}"
             )
-        parts = [self._scores(np.asarray(x[i : i + CHUNK], dtype=np.float32)) for i in range(0, len(x), CHUNK)]
+        size = chunk_rows(self.n_features)
+        parts = [self._scores(np.asarray(x[i : i + size], dtype=np.float32)) for i in range(0, len(x), size)]
         found = np.concatenate(parts) if parts else np.empty((0, self._width), dtype=np.float64)
         if self.task_ in ("binary", "multiclass"):
             if self.skipped_:
@@ -171,9 +175,20 @@ class Head(ABC):
     def score_rows(self, features: Features, rows: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
         """`scores` of rows that need not fit into RAM; all rows by default."""
         rows = np.arange(features.shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
-        if not len(rows):
-            return self.scores(np.empty((0, features.shape[1]), dtype=np.float32))
-        return np.concatenate([self.scores(features[rows[i : i + CHUNK]]) for i in range(0, len(rows), CHUNK)])
+        found = self.scores(np.empty((0, features.shape[1]), dtype=np.float32))
+        order, size = reading_order(features, rows), chunk_rows(features.shape[1])
+        found = np.empty((len(rows), found.shape[1]))
+        for start in range(0, len(rows), size):
+            part = order[start : start + size]
+            found[part] = self.scores(features[rows[part]])
+        return found
+
+    def importance(self) -> NDArray[np.float64] | None:
+        """(n_features,) what each column adds to the predictions, in a unit of the head's own; None if it can't tell.
+
+        The unit is `importance_kind`.
+        """
+        return None
 
     def predict_proba(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probabilities, as in `scores`.

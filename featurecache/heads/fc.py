@@ -5,170 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from featurecache import config
 from featurecache.data.targets import Target
 from featurecache.errors import FeatureCacheError, InputError, RunError
-from featurecache.features import Block, views_of
-from featurecache.fusion import drop_views
+from featurecache.features import Block
 from featurecache.heads.base import Fold, Head
-from featurecache.heads.losses import (
-    ClassWeight,
-    HeadLoss,
-    n_outputs,
-    regression_scale,
-    scores_from_outputs,
-)
+from featurecache.heads.fcmodule import FCModule, FCSettings, PresentBatchNorm, build_fc, hide_views, mix_rows
+from featurecache.heads.losses import HeadLoss, scores_from_outputs
 from featurecache.heads.rows import Rows, open_rows
+from featurecache.heads.space import Choice, Space, Span
+
+__all__ = ["FCHead", "FCModule", "FCSettings", "PresentBatchNorm", "build_fc", "hide_views"]
 
 WARM_UP = 0.25  # part of the steps in which the learning rate rises
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class FCSettings(config.Settings):
-    """Settings of the FC head.
-
-    `dropout` stands before the last layer, half of it before each earlier one, as in fastai. `batch_size` auto is a
-    fiftieth of the training rows, as a power of two between 32 and 512. `lr` is the peak of the one-cycle schedule.
-    Training ends when the validation loss has not improved for `patience` epochs, counted at the earliest from the
-    peak of `lr`; the best epoch is kept.
-    """
-
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (512,)
-    dropout: Fraction = 0.5
-    batch_norm: bool = True
-    epochs: Annotated[int, Field(ge=1)] = 30
-    patience: Annotated[int, Field(ge=1)] = 8
-    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    class_weight: ClassWeight = None
-    label_smoothing: Fraction = 0.0
-    view_dropout: Fraction = 0.0
-
-
-class PresentBatchNorm(nn.BatchNorm1d):
-    """BatchNorm whose statistics come from the samples that have the view; what is missing becomes 0 after it."""
-
-    def forward(self, x: Tensor, missing: Tensor | None = None) -> Tensor:
-        """Normalise.
-
-        Args:
-            x: (n, d) float32, finite.
-            missing: (n, d) bool, or None where nothing is; then this is `nn.BatchNorm1d`.
-        """
-        if missing is None:
-            return super().forward(x)
-        keep = ~missing
-        mean, var = self.running_mean, self.running_var
-        assert mean is not None
-        assert var is not None
-        if self.training:
-            count = keep.sum(dim=0)
-            safe = count.clamp(min=1)
-            here = torch.where(keep, x, 0).sum(dim=0) / safe
-            spread = torch.where(keep, x - here, 0).square().sum(dim=0) / safe
-            enough = count > 1  # one sample has no variance: such columns fall back on the running statistics
-            with torch.no_grad():
-                step = enough * (self.momentum or 0.1)
-                mean.lerp_(here, step)
-                var.lerp_(spread * safe / (safe - 1).clamp(min=1), step)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
-            mean, var = torch.where(enough, here, mean), torch.where(enough, spread, var)
-        return torch.where(keep, (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias, 0)
-
-
-class FCModule(nn.Module):
-    """BatchNorm, dropout, linear, ReLU, BatchNorm, dropout, linear; missing views are zeros plus an indicator.
-
-    Args:
-        blocks: the columns of the input.
-        n_out: outputs.
-        settings: sizes and dropout.
-        indicators: adds an input per view that is 1 where the view is missing. Without them a missing view is a zero
-            (the mean, after BatchNorm) and nothing tells.
-
-    `forward` takes float (n, d), NaN in the blocks of missing views, and gives float (n, n_out): logits, for regression
-    values in the target's unit (`out_mean`, `out_scale` are buffers).
-    """
-
-    first: Tensor
-    view_of: Tensor
-    out_mean: Tensor
-    out_scale: Tensor
-
-    def __init__(self, blocks: Sequence[Block], n_out: int, settings: FCSettings, *, indicators: bool) -> None:
-        super().__init__()
-        views = views_of(tuple(blocks))
-        n_in = blocks[-1].stop
-        view_of = np.concatenate([np.full(b.stop - b.start, views.index(b.view)) for b in blocks])
-        first = [next(b.start for b in blocks if b.view == view) for view in views]
-        self.register_buffer("first", torch.tensor(first), persistent=False)
-        self.register_buffer("view_of", torch.as_tensor(view_of), persistent=False)
-        self.register_buffer("out_mean", torch.zeros(n_out))
-        self.register_buffer("out_scale", torch.ones(n_out))
-        self.indicators = indicators
-        self.norm = PresentBatchNorm(n_in) if settings.batch_norm else None
-        sizes = [n_in, *settings.hidden]
-        self.drop = nn.Dropout(settings.dropout / 2 if settings.hidden else settings.dropout)
-        layers: list[nn.Module] = []
-        extra = len(views) if indicators else 0
-        for i, size in enumerate(settings.hidden):
-            layers += [nn.Linear(sizes[i] + (extra if i == 0 else 0), size), nn.ReLU()]
-            layers += [nn.BatchNorm1d(size)] if settings.batch_norm else []
-            layers += [nn.Dropout(settings.dropout if i == len(settings.hidden) - 1 else settings.dropout / 2)]
-        layers.append(nn.Linear(sizes[-1] + (0 if settings.hidden else extra), n_out))
-        self.layers = nn.Sequential(*layers)
-
-    @property
-    def n_in(self) -> int:
-        """Columns of the input."""
-        return len(self.view_of)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        x = x.float()
-        missing = x[:, self.first].isnan()
-        hidden = missing[:, self.view_of] if bool(missing.any()) else None
-        if hidden is not None:
-            x = torch.where(hidden, 0, x)
-        if self.norm is not None:
-            x = self.norm(x, hidden)
-        x = self.drop(x)
-        if self.indicators:
-            x = torch.cat([x, missing.to(x.dtype)], dim=1)
-        outputs: Tensor = self.layers(x)
-        return outputs.float() * self.out_scale + self.out_mean
-
-
-def build_fc(blocks: Sequence[Block], target: Target, settings: FCSettings, *, indicators: bool) -> FCModule:
-    """A fresh module for a task, with regression targets standardised on `target`, the training rows.
-
-    The weights are drawn from torch's global generator: seed it before.
-    """
-    module = FCModule(blocks, n_outputs(target), settings, indicators=indicators)
-    if target.task == "regression":
-        mean, scale = regression_scale(target)
-        module.out_mean.copy_(torch.as_tensor(mean))
-        module.out_scale.copy_(torch.as_tensor(scale))
-    return module
-
-
-def hide_views(x: Tensor, module: FCModule, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """View dropout on fused features: NaN in the blocks of views hidden at random, never in all that a row has."""
-    there = ~x[:, module.first].isnan()
-    kept = drop_views(there, p, generator)
-    return torch.where(kept[:, module.view_of], x, torch.nan)
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
@@ -195,6 +51,12 @@ class FCHead(Head):
     name: ClassVar[str] = "fc"
     Settings: ClassVar[type[config.Settings]] = FCSettings
     file: ClassVar[str] = "head.safetensors"
+    search_space: ClassVar[Space] = {
+        "hidden": Choice(((), (128,), (256,), (512,), (512, 256))),
+        "dropout": Span(0.0, 0.7),
+        "lr": Span(1e-4, 3e-2, log=True),
+        "weight_decay": Span(1e-4, 1.0, log=True),
+    }
     settings: FCSettings
     module: FCModule
 
@@ -231,15 +93,19 @@ class FCHead(Head):
     def _train(self, train: Fold, valid: Fold | None, device: torch.device) -> None:
         settings = self.settings
         rows = open_rows(train, device, self.memory)
-        checks = open_rows(valid, device, self.memory) if valid is not None else None
+        left = None if self.memory is None else self.memory - rows.nbytes
+        checks = open_rows(valid, device, left) if valid is not None else None
         indicators = settings.view_dropout > 0 or rows.missing
         self.fitted_ = {"indicators": indicators}
         self.module = module = build_fc(self.blocks_, train.target, settings, indicators=indicators).to(device)
-        loss = HeadLoss(train.target, class_weight=settings.class_weight, label_smoothing=settings.label_smoothing).to(
-            device
-        )
+        loss = HeadLoss(
+            train.target,
+            class_weight=settings.class_weight,
+            pos_weight=settings.pos_weight,
+            label_smoothing=settings.label_smoothing,
+        ).to(device)
         optimizer = _optimizer(module, settings, device)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator, rng = torch.Generator().manual_seed(self.seed), np.random.default_rng(self.seed)
         bounds = batch_bounds(len(train), _batch_size(settings, len(train)))
         steps, step = settings.epochs * len(bounds), 0
         best, best_epoch, best_state = math.inf, 0, {}
@@ -249,15 +115,19 @@ class FCHead(Head):
             loss.train()
             total = torch.zeros((), device=device)
             weight = torch.zeros((), device=device)
-            order = torch.randperm(len(train), generator=generator)
-            for start, stop in bounds:
+            for x, y in rows.epoch(bounds, generator):
                 lr = one_cycle(step, steps, settings.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                x, y = rows.batch(order[start:stop])
                 if settings.view_dropout > 0:
                     x = hide_views(x, module, settings.view_dropout, generator)
-                batch_total, batch_weight = loss.sums(module(x), y)
+                if settings.mixup > 0:
+                    x, partner, own = mix_rows(x, settings.mixup, rng, generator)
+                    outputs = module(x)
+                    both = zip(loss.sums(outputs, y), loss.sums(outputs, y[partner]), strict=True)
+                    batch_total, batch_weight = (own * mine + (1 - own) * other for mine, other in both)
+                else:
+                    batch_total, batch_weight = loss.sums(module(x), y)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(batch_total / batch_weight.clamp(min=1e-12))
                 optimizer.step()
@@ -322,8 +192,7 @@ def _mean_loss(module: FCModule, loss: HeadLoss, rows: Rows) -> float:
     loss.eval()
     total, weight = 0.0, 0.0
     with torch.inference_mode():
-        for start in range(0, len(rows), 4096):
-            x, y = rows.batch(torch.arange(start, min(start + 4096, len(rows))))
+        for x, y in rows.in_order():
             batch_total, batch_weight = loss.sums(module(x), y)
             total += float(batch_total)
             weight += float(batch_weight)

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.features import Features
-
-CHUNK = 4096  # rows that are in float32 at a time where a head goes through all of them
+from featurecache.features import Features, Stored, chunk_rows, reading_order
+from featurecache.stream import read_ahead
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,26 @@ class Fold:
         keep = np.flatnonzero(known)
         return Fold(self.features, self.rows[keep], self.target.subset(keep))
 
-    def chunks(self, size: int = CHUNK) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Positions within the fold and their features, (up to `size`, n_features) float32 at a time."""
-        for start in range(0, len(self), size):
-            where = slice(start, min(start + size, len(self)))
+    def chunks(self, size: int | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Positions within the fold and their features, (up to `size`, n_features) float32 at a time.
+
+        Where the features are streamed, the next rows are read meanwhile.
+        """
+        size = size or chunk_rows(self.features.shape[1])
+        places = [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+        if isinstance(self.features, Stored) and self.features.buffer_rows is not None:
+            parts = read_ahead(self.features.__getitem__, [self.rows[where] for where in places])
+            yield from zip(places, parts, strict=True)
+            return
+        for where in places:
             yield where, self.features[self.rows[where]]
+
+    def to_read(self) -> Fold:
+        """The same in the order in which rows are best read; see `featurecache.features.reading_order`."""
+        order = reading_order(self.features, self.rows)
+        if np.array_equal(order, np.arange(len(order))):
+            return self
+        return Fold(self.features, self.rows[order], self.target.subset(order))
 
 
 def with_target(fold: Fold, what: str) -> Fold:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +18,10 @@ from featurecache import config
 from featurecache.errors import InputError, RunError
 from featurecache.features import Block, present, views_of
 from featurecache.heads.base import Fold, Head
+from featurecache.heads.linear_stream import Chunks, Solution, Streamed
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights
+from featurecache.heads.space import Space, Span
+from featurecache.memory import free_memory
 
 GRID = tuple(10.0**power for power in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 2))  # tried for C = "auto"
 
@@ -47,6 +52,8 @@ class LogisticHead(Head):
     name: ClassVar[str] = "logistic"
     Settings: ClassVar[type[config.Settings]] = LogisticSettings
     file: ClassVar[str] = "head.npz"
+    search_space: ClassVar[Space] = {"C": Span(1e-5, 1e2, log=True)}
+    importance_kind: ClassVar[str] = "absolute coefficient of the standardised feature"
     settings: LogisticSettings
     arrays: dict[str, NDArray[Any]]
 
@@ -61,30 +68,55 @@ class LogisticHead(Head):
             "scale": scale,
             "indicators": np.arange(len(views_of(self.blocks_)) if missing else 0),
         }
-        x = self._matrix(train)
-        x_valid = self._matrix(valid) if valid is not None else None
+        train_chunks, valid_chunks, streamed = self._chunks(train, valid)
         weights = class_weights(train.target, self.settings.class_weight)
         w, w_valid = (
             entry_weights(train.target, weights),
             None if valid is None else entry_weights(valid.target, weights),
         )
+        solver: Callable[[float], Solution]
+        if streamed:
+            solver = Streamed(
+                train_chunks, self._columns, train.target, w, self.active, self.settings.tol, self.settings.max_iter
+            ).solve
+        else:
+            starts: dict[int, LogisticRegression] = {}  # by fit; each C starts from the solution of the one before
+            solver = partial(self._solve, next(train_chunks())[1], train, w, starts)
         best = np.inf
         grid = GRID if self.settings.C == "auto" else (self.settings.C,)
-        starts: dict[int, LogisticRegression] = {}  # by fit; each C starts from the solution of the one before
         for c in grid:
-            arrays, facts = self._solve(x, train, w, c, starts)
-            loss = self._loss(x, train, w, arrays)
+            arrays, facts = solver(c)
+            loss = self._loss(train_chunks(), train, w, arrays)
             valid_loss = None
-            if x_valid is not None and valid is not None and w_valid is not None:
-                valid_loss = self._loss(x_valid, valid, w_valid, arrays)
+            if valid is not None and w_valid is not None:
+                valid_loss = self._loss(valid_chunks(), valid, w_valid, arrays)
             self._report(C=c, train_loss=loss, valid_loss=valid_loss, **facts)
             if len(grid) == 1 or (valid_loss is not None and valid_loss < best):
                 best, chosen = valid_loss if valid_loss is not None else best, arrays
-                self.fitted_ = {"C": c, **facts}
+                self.fitted_ = {"C": c, **facts, "streamed": streamed}
         self.arrays |= chosen
 
+    @property
+    def _columns(self) -> int:
+        """Columns of a standardised matrix."""
+        return self.n_features + len(self.arrays["indicators"])
+
+    def _chunks(self, train: Fold, valid: Fold | None) -> tuple[Chunks, Chunks, bool]:
+        """Standardised rows of both folds: each one matrix that is made once, or chunks where there is no room."""
+        folds = [train, *([valid] if valid is not None else [])]
+        budget = free_memory() // 2 if self.memory is None else self.memory
+        copies = 2 if train.target.values.ndim == 2 and np.isnan(train.target.values).any() else 1  # of known rows
+        needed = 8 * self._columns * (copies * len(train) + (0 if valid is None else len(valid)))
+        if needed > budget:
+            return partial(self._stream, train), partial(self._stream, folds[-1]), True
+        found = [self._matrix(fold) for fold in folds]
+        return *(partial(_whole, x) for x in (found[0], found[-1])), False  # type: ignore[return-value]
+
+    def _stream(self, fold: Fold) -> Iterator[tuple[slice, Matrix]]:
+        return ((where, self._standardised(x)) for where, x in fold.chunks())
+
     def _solve(
-        self, x: Matrix, train: Fold, w: Matrix, c: float, starts: dict[int, LogisticRegression]
+        self, x: Matrix, train: Fold, w: Matrix, starts: dict[int, LogisticRegression], c: float
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Coefficients at one C: one fit, or one per label or target on its known rows."""
         values = train.target.values
@@ -156,22 +188,35 @@ class LogisticHead(Head):
             found[:, arrays["index"]] = raw / raw.sum(axis=1, keepdims=True)
         return found
 
-    def _loss(self, z: Matrix, fold: Fold, w: Matrix, arrays: dict[str, NDArray[Any]]) -> float:
+    def _loss(
+        self, chunks: Iterator[tuple[slice, Matrix]], fold: Fold, w: Matrix, arrays: dict[str, NDArray[Any]]
+    ) -> float:
         """Weighted mean log loss, or squared error in units of the variance in `fold`, over known targets."""
-        found, values = self._outputs(z, arrays), fold.target.values
-        if self.task_ in ("binary", "multiclass"):
-            losses = -np.log(np.clip(found[np.arange(len(found)), values], 1e-15, 1))
-            return float(np.average(losses, weights=w))
-        values, w = values[:, self.active], w[:, self.active]
-        if not w.any():
-            return float("nan")
-        filled = np.where(w > 0, values, 0)
-        if self.task_ == "multilabel":
-            losses = -np.log(np.clip(np.where(filled > 0.5, found, 1 - found), 1e-15, 1))
-        else:
+        values, total, weight = fold.target.values, 0.0, 0.0
+        spread = np.ones(len(self.active))
+        if self.task_ in ("multilabel", "regression"):
+            values, w = values[:, self.active], w[:, self.active]
+            if not w.any():
+                return float("nan")
+        if self.task_ == "regression":
             spread = np.nanvar(values, axis=0)
-            losses = (found - filled) ** 2 / np.where(spread > 0, spread, 1)
-        return float(np.average(losses, weights=w))
+            spread[~(spread > 0)] = 1
+        for where, z in chunks:
+            found, y = self._outputs(z, arrays), values[where]
+            if self.task_ in ("binary", "multiclass"):
+                losses = -np.log(np.clip(found[np.arange(len(found)), y], 1e-15, 1))
+            else:
+                y = np.where(w[where] > 0, y, 0)
+                right = np.where(y > 0.5, found, 1 - found)
+                multilabel = self.task_ == "multilabel"
+                losses = -np.log(np.clip(right, 1e-15, 1)) if multilabel else (found - y) ** 2 / spread
+            total += float((losses * w[where]).sum())
+            weight += float(w[where].sum())
+        return total / weight
+
+    def importance(self) -> NDArray[np.float64]:
+        """(n_features,) mean absolute coefficient of the standardised column over the fits."""
+        return np.asarray(np.abs(self.arrays["coef"][:, : self.n_features]).mean(axis=0))
 
     def _scores(self, x: NDArray[np.float32]) -> Matrix:
         return self._outputs(self._standardised(x), self.arrays)
@@ -210,6 +255,10 @@ class LogisticHead(Head):
         if not np.array_equal(arrays["index"], trained):
             raise RunError(f"{path}: array 'index' does not fit the classes or labels of head.json")
         self.arrays = arrays
+
+
+def _whole(x: Matrix) -> Iterator[tuple[slice, Matrix]]:
+    yield slice(0, len(x)), x
 
 
 def standardiser(fold: Fold) -> tuple[Matrix, Matrix, bool]:

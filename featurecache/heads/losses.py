@@ -15,6 +15,7 @@ from featurecache.data.targets import Target
 from featurecache.errors import InputError, did_you_mean
 
 ClassWeight = Literal["balanced"] | dict[str, float] | None
+PositiveWeight = Literal["balanced"] | float | dict[str, float] | None
 
 
 def class_weights(target: Target, setting: ClassWeight) -> NDArray[np.float64] | None:
@@ -49,6 +50,32 @@ def class_weights(target: Target, setting: ClassWeight) -> NDArray[np.float64] |
     return np.asarray(counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1)))
 
 
+def positive_weights(target: Target, setting: PositiveWeight) -> NDArray[np.float64] | None:
+    """`pos_weight` as torch has it, as `class_weights` gives them: what positives count, where negatives count 1.
+
+    Args:
+        target: binary or multilabel, the training rows.
+        setting: None; a weight for all positives; one for those of some labels; or `balanced`, negatives divided by
+            positives.
+
+    Raises:
+        InputError: the task has no positives, or a name in `setting` is no label.
+    """
+    if setting is None:
+        return None
+    if target.task not in ("binary", "multilabel"):
+        raise InputError(f"pos_weight: a {target.task} target has no positives; use class_weight")
+    values = target.values if target.task == "multilabel" else target.values[:, None]
+    if isinstance(setting, Mapping):
+        found = _named(setting, target.names, "label", option="pos_weight")
+    elif setting == "balanced":
+        found = np.maximum((values == 0).sum(axis=0), 1) / np.maximum((values == 1).sum(axis=0), 1)
+    else:
+        found = np.full(values.shape[1], float(setting))
+    weights = np.stack([np.ones(len(found)), found], axis=1)
+    return weights if target.task == "multilabel" else np.asarray(weights[0])
+
+
 def entry_weights(target: Target, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """The weight of every target value, 0 where unknown.
 
@@ -78,6 +105,7 @@ class HeadLoss(nn.Module):
     Args:
         target: of the training rows.
         class_weight: see `class_weights`.
+        pos_weight: see `positive_weights`; not beside `class_weight`.
         label_smoothing: in [0, 1); for classes and labels, in training mode only.
     """
 
@@ -85,11 +113,19 @@ class HeadLoss(nn.Module):
     active: Tensor
     scale: Tensor
 
-    def __init__(self, target: Target, *, class_weight: ClassWeight = None, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        class_weight: ClassWeight = None,
+        pos_weight: PositiveWeight = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
         super().__init__()
         self.task = target.task
         self.label_smoothing = label_smoothing
         weights = class_weights(target, class_weight)
+        weights = positive_weights(target, pos_weight) if weights is None else weights
         n_weights = len(target.classes) if target.task in ("binary", "multiclass") else (len(target.names), 2)
         weights = np.ones(n_weights) if weights is None else weights
         values, n = target.values, len(target.names)
@@ -166,13 +202,13 @@ def regression_scale(target: Target) -> tuple[NDArray[np.float64], NDArray[np.fl
     return mean, np.where(deviation > 0, deviation, 1.0)
 
 
-def _named(setting: Mapping[str, float], names: tuple[str, ...], what: str) -> NDArray[np.float64]:
+def _named(
+    setting: Mapping[str, float], names: tuple[str, ...], what: str, option: str = "class_weight"
+) -> NDArray[np.float64]:
     """Weights in the order of `names`."""
     for name, weight in setting.items():
         if name not in names:
-            raise InputError(
-                f"class_weight: no {what} {name!r}.{did_you_mean(name, names)} There are: {', '.join(names)}."
-            )
+            raise InputError(f"{option}: no {what} {name!r}.{did_you_mean(name, names)} There are: {', '.join(names)}.")
         if not weight > 0:
-            raise InputError(f"class_weight: {name!r}={weight}: must be positive")
+            raise InputError(f"{option}: {name!r}={weight}: must be positive")
     return np.array([float(setting.get(name, 1.0)) for name in names])

@@ -1,109 +1,138 @@
-"""Feature rows as torch batches: from a tensor in RAM where they fit, else read from the features batch by batch."""
+"""Feature rows as torch batches: from a tensor in RAM where they fit, else read batch by batch or by whole chunks."""
 
 from __future__ import annotations
 
-import os
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featurecache.features import present
+from featurecache.features import Stored, chunk_rows, complete, gather, shuffled_groups
 from featurecache.heads.base import Fold
 from featurecache.heads.losses import target_tensor
+from featurecache.memory import free_memory
+from featurecache.stream import read_ahead
+
+Bounds = Sequence[tuple[int, int]]
+Batch = tuple[Tensor, Tensor]
 
 
-class Rows(Protocol):
-    """The rows of a fold by position."""
+class Rows(ABC):
+    """The rows of a fold.
 
-    @property
-    def missing(self) -> bool:
-        """Whether any row lacks a view."""
+    Attributes:
+        missing: whether any row lacks a view.
+        nbytes: of RAM that they take.
+    """
+
+    missing: bool
+    nbytes: int = 0
+
+    def __init__(self, fold: Fold, device: torch.device) -> None:
+        self._fold, self._device = fold, device
+        self._y = target_tensor(fold.target)
+        self.missing = not complete(fold.features, fold.rows)
 
     def __len__(self) -> int:
         """Number of rows."""
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, d) float32 with NaN for missing views, and targets, on the device, for int64 positions (n,)."""
-
-
-class TensorRows:
-    """All rows in one tensor: float32, or float16 where that saves needed room and loses nothing."""
-
-    def __init__(self, x: Tensor, y: Tensor, device: torch.device, *, missing: bool) -> None:
-        self._x, self._y, self._device = x, y, device
-        self.missing = missing
-
-    def __len__(self) -> int:
-        """See `Rows`."""
-        return len(self._x)
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Rows`."""
-        index = index.to(self._x.device)
-        return self._x.index_select(0, index).to(self._device, torch.float32), self._y[index].to(self._device)
-
-
-class FeatureRows:
-    """Rows read by fancy indexing for each batch."""
-
-    def __init__(self, fold: Fold, device: torch.device, *, missing: bool) -> None:
-        self._fold, self._device = fold, device
-        self._y = target_tensor(fold.target)
-        self.missing = missing
-
-    def __len__(self) -> int:
-        """See `Rows`."""
         return len(self._fold)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def epoch(self, bounds: Bounds, generator: torch.Generator) -> Iterator[Batch]:
+        """All rows once in random order: features (n, d) float32 with NaN for missing views, and targets.
+
+        Args:
+            bounds: start and stop of each batch in the order drawn.
+            generator: what the order follows from.
+        """
+        order = torch.randperm(len(self), generator=generator)
+        return (self.batch(order[start:stop]) for start, stop in bounds)
+
+    def in_order(self) -> Iterator[Batch]:
+        """All rows as they are, some thousand at a time."""
+        size = chunk_rows(self._fold.features.shape[1])
+        return (self.batch(torch.arange(start, min(start + size, len(self)))) for start in range(0, len(self), size))
+
+    @abstractmethod
+    def batch(self, index: Tensor) -> Batch:
+        """The rows at int64 positions (n,), on the device."""
+
+
+class TensorRows(Rows):
+    """All rows in one tensor, of the dtype in which they are stored."""
+
+    def __init__(self, fold: Fold, device: torch.device, place: torch.device) -> None:
+        super().__init__(fold, device)
+        first = gather(fold.features, fold.rows[:0])
+        dtype = torch.from_numpy(first).dtype
+        self._x = torch.empty((len(fold), fold.features.shape[1]), dtype=dtype, device=place)
+        size = chunk_rows(fold.features.shape[1])
+        parts = [slice(start, start + size) for start in range(0, len(fold), size)]
+        for where, x in zip(
+            parts, read_ahead(partial(gather, fold.features), [fold.rows[part] for part in parts]), strict=True
+        ):
+            self._x[where] = torch.from_numpy(x)
+        self._y = self._y.to(place)
+        self.nbytes = 0 if place.type == "cuda" else self._x.nbytes
+
+    def batch(self, index: Tensor) -> Batch:
         """See `Rows`."""
-        x = self._fold.features[self._fold.rows[index.numpy()]]
-        return torch.from_numpy(x).to(self._device), self._y[index].to(self._device)
+        index = index.to(self._x.device)
+        x = self._x.index_select(0, index)
+        return x.to(self._device, torch.float32), self._y[index].to(self._device)
+
+
+class FeatureRows(Rows):
+    """Rows gathered for each batch: they are in RAM already, or mapped."""
+
+    def batch(self, index: Tensor) -> Batch:
+        """See `Rows`."""
+        x = torch.from_numpy(gather(self._fold.features, self._fold.rows[index.numpy()]))
+        return x.to(self._device).float(), self._y[index].to(self._device)
+
+
+class StreamRows(FeatureRows):
+    """Whole chunks in random order, shuffled in a buffer; a buffer for all rows gives the order of `TensorRows`."""
+
+    def epoch(self, bounds: Bounds, generator: torch.Generator) -> Iterator[Batch]:
+        """See `Rows`."""
+        features = self._fold.features
+        assert isinstance(features, Stored)
+        groups = shuffled_groups(
+            features.chunks(self._fold.rows),
+            features.buffer_rows or len(self),
+            lambda n: torch.randperm(n, generator=generator).numpy(),
+        )
+        return self._batches(bounds, groups)
+
+    def _batches(self, bounds: Bounds, groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Iterator[Batch]:
+        parts = read_ahead(partial(gather, self._fold.features), [self._fold.rows[group] for group in groups])
+        held, order, done = torch.empty(0), torch.from_numpy(np.concatenate(groups)), 0
+        for start, stop in bounds:
+            while done + len(held) < stop:
+                more = torch.from_numpy(next(parts))
+                held = torch.cat([held, more]) if len(held) else more
+            x, held, done = held[: stop - start], held[stop - start :], stop
+            yield x.to(self._device).float(), self._y[order[start:stop]].to(self._device)
 
 
 def open_rows(fold: Fold, device: torch.device, memory: int | None = None) -> Rows:
-    """The rows of a fold, in RAM if they fit.
+    """The rows of a fold, in the fastest way there is room for.
 
     Args:
         fold: the rows and their targets.
         device: where batches go.
-        memory: bytes that the features may take; None is half of what is free.
+        memory: bytes that they may take in RAM; None is half of what is free.
     """
-    n, d = len(fold), fold.features.shape[1]
-    budget = free_memory() // 2 if memory is None else memory
-    dtype = np.float32 if 4 * n * d <= budget else np.float16
-    x = np.empty((n, d), dtype=dtype) if 2 * n * d <= budget else None
-    missing = False
-    for where, chunk in fold.chunks():
-        missing = missing or not present(chunk, fold.features.blocks).all()
-        if x is None:
-            if missing:
-                break
-            continue
-        if dtype == np.float16:
-            with np.errstate(over="ignore"):
-                x[where] = chunk
-            if not np.array_equal(x[where], chunk, equal_nan=True):
-                x = None  # float16 would lose digits
-        else:
-            x[where] = chunk
-    if x is None:
-        return FeatureRows(fold, device, missing=missing)
-    tensor, y = torch.from_numpy(x), target_tensor(fold.target)
-    if device.type == "cuda" and x.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
-        tensor, y = tensor.to(device), y.to(device)
-    return TensorRows(tensor, y, device, missing=missing)
-
-
-def free_memory() -> int:
-    """Bytes of RAM that can be had without swapping; 4 GiB where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 4 * 2**30
+    features = fold.features
+    nbytes = len(fold) * features.shape[1] * gather(features, fold.rows[:0]).itemsize
+    if device.type == "cuda" and nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+        return TensorRows(fold, device, device)
+    if getattr(features, "in_ram", False):
+        return FeatureRows(fold, device)
+    if nbytes <= (free_memory() // 2 if memory is None else memory):
+        return TensorRows(fold, device, torch.device("cpu"))
+    streamed = isinstance(features, Stored) and features.buffer_rows is not None
+    return StreamRows(fold, device) if streamed else FeatureRows(fold, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -14,11 +15,13 @@ from pydantic import Field
 
 from featurecache import config
 from featurecache.errors import InputError, RunError
-from featurecache.features import Block, feature_names
+from featurecache.features import Block, chunk_rows, complete, feature_names
 from featurecache.heads.base import Fold, Head
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights, regression_scale
+from featurecache.heads.space import Space, Span
+from featurecache.memory import free_memory
 
-CHUNK_BYTES = 64 * 2**20  # of float32 rows that XGBoost is handed at a time
+PAGE_SHARE = 0.125  # of the budget, for a page of external memory while it is float32
 
 
 class XGBoostSettings(config.Settings):
@@ -49,11 +52,22 @@ class XGBoostSettings(config.Settings):
 class _Chunks(xgb.DataIter):
     """Hands XGBoost the rows of a fold a chunk at a time; it goes through them several times."""
 
-    def __init__(self, fold: Fold, labels: NDArray[np.float32], names: list[str]) -> None:
+    def __init__(
+        self, fold: Fold, labels: NDArray[np.float32], names: list[str], *, page: int, prefix: Path | None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            fold: the rows.
+            labels: (n,) or (n, outputs).
+            names: of the columns.
+            page: rows at a time.
+            prefix: how the files of external memory begin; None keeps all in RAM.
+        """
         self._fold, self._labels, self._names = fold, labels, names
-        self._size = max(1, CHUNK_BYTES // (4 * fold.features.shape[1]))
+        self._size = page
         self._next = iter(fold.chunks(self._size))
-        super().__init__(release_data=True)
+        super().__init__(cache_prefix=None if prefix is None else str(prefix), release_data=True)
 
     def next(self, input_data: Callable[..., Any]) -> bool:
         """One chunk; False after the last."""
@@ -136,16 +150,31 @@ class _Watch(xgb.callback.TrainingCallback):
 class XGBoostHead(Head):
     """See the module.
 
-    `fitted_` holds `rounds` (the trees used), `base` (per output, for masked tasks) and `device`, where it was trained.
+    `fitted_` holds `rounds` (the trees used), `base` (per output, for masked tasks), `device`, where it was trained,
+    and `external_memory`: whether binned rows were kept on disk, in a temporary directory that is gone afterwards.
     """
 
     name: ClassVar[str] = "xgboost"
     Settings: ClassVar[type[config.Settings]] = XGBoostSettings
     file: ClassVar[str] = "head.ubj"
+    search_space: ClassVar[Space] = {
+        "learning_rate": Span(0.02, 0.3, log=True),
+        "max_depth": Span(2, 8, whole=True),
+        "min_child_weight": Span(0.5, 16, log=True),
+        "subsample": Span(0.5, 1.0),
+        "colsample_bytree": Span(0.05, 1.0, log=True),
+        "reg_lambda": Span(0.1, 30, log=True),
+        "gamma": Span(0.0, 2.0),
+    }
+    importance_kind: ClassVar[str] = "total gain of the splits on the feature"
     settings: XGBoostSettings
     booster: xgb.Booster
 
     def _fit(self, train: Fold, valid: Fold | None) -> None:
+        with tempfile.TemporaryDirectory(prefix="featurecache-xgboost-", ignore_cleanup_errors=True) as scratch:
+            self._boost(train, valid, Path(scratch))
+
+    def _boost(self, train: Fold, valid: Fold | None, scratch: Path) -> None:
         settings, device = self.settings, xgboost_device(self.device)
         parameters = settings.parameters(self.seed, device)
         masked = None
@@ -161,7 +190,12 @@ class XGBoostHead(Head):
         else:
             parameters |= {"objective": "multi:softprob", "eval_metric": "mlogloss", "num_class": len(self.classes_)}
         folds = [train] if valid is None else [train, valid]
-        evals = self._matrices(folds, masked)
+        budget = free_memory() // 2 if self.memory is None else self.memory
+        external = binned_bytes(folds, settings.max_bin) > budget
+        page = chunk_rows(self.n_features)
+        if external:  # what is handed over at a time becomes a page of its own
+            page = max(page, int(PAGE_SHARE * budget) // (4 * self.n_features))
+        evals = self._matrices(folds, masked, page, scratch if external else None)
         callbacks: list[xgb.callback.TrainingCallback] = [_Watch(self._report)]
         if valid is not None and settings.early_stopping_rounds is not None:
             callbacks.append(xgb.callback.EarlyStopping(rounds=settings.early_stopping_rounds, data_name="valid"))
@@ -180,18 +214,26 @@ class XGBoostHead(Head):
         effective = json.loads(self.booster.save_config())["learner"]["generic_param"]["device"]
         if effective.split(":")[0] != device.split(":")[0]:
             raise InputError(f"device {self.device!r}: XGBoost finds no CUDA device here. Use device 'cpu'.")
-        self.fitted_ = {"rounds": rounds, "device": effective}
+        self.fitted_ = {"rounds": rounds, "device": effective, "external_memory": external}
         if masked:
             self.fitted_["base"] = masked.base.tolist()
 
-    def _matrices(self, folds: list[Fold], masked: _Masked | None) -> list[tuple[xgb.DMatrix, str]]:
-        """Training and validation matrix with the training rows' bins."""
+    def _matrices(
+        self, folds: list[Fold], masked: _Masked | None, page: int, scratch: Path | None
+    ) -> list[tuple[xgb.DMatrix, str]]:
+        """Training and validation matrix with the training rows' bins; their pages go to `scratch`, or stay in RAM."""
         weights = None if masked else class_weights(folds[0].target, self.settings.class_weight)
         found: list[tuple[xgb.DMatrix, str]] = []
         for fold, name in zip(folds, ("train", "valid"), strict=False):
             labels = masked.prepared(fold)[0] if masked else fold.target.values
-            chunks = _Chunks(fold, np.asarray(labels, dtype=np.float32), column_names(self.blocks_))
-            matrix = xgb.QuantileDMatrix(
+            chunks = _Chunks(
+                fold,
+                np.asarray(labels, dtype=np.float32),
+                column_names(self.blocks_),
+                page=page,
+                prefix=None if scratch is None else scratch / name,
+            )
+            matrix = (xgb.QuantileDMatrix if scratch is None else xgb.ExtMemQuantileDMatrix)(
                 chunks,
                 max_bin=self.settings.max_bin,
                 nthread=self.settings.nthread or None,
@@ -221,6 +263,11 @@ class XGBoostHead(Head):
             return np.hstack([1 - p, p])
         raw = np.exp(raw - raw.max(axis=1, keepdims=True))
         return np.asarray(raw / raw.sum(axis=1, keepdims=True))
+
+    def importance(self) -> NDArray[np.float64]:
+        """(n_features,) total gain of the splits on each column."""
+        found = self.booster.get_score(importance_type="total_gain")
+        return np.array([found.get(name, 0.0) for name in column_names(self.blocks_)], dtype=np.float64)
 
     def _write(self, path: Path) -> None:
         self.booster.save_model(path)
@@ -253,6 +300,13 @@ def outputs(raw: NDArray[Any], base: NDArray[np.float64], *, sigmoid: bool) -> N
     small = np.exp(-np.abs(margin))
     found: NDArray[np.float64] = np.where(margin >= 0, 1.0, small) / (1.0 + small)
     return found
+
+
+def binned_bytes(folds: list[Fold], max_bin: int) -> int:
+    """Bytes that XGBoost takes for binned rows: by row (in full width where views are missing) and by column."""
+    width = folds[0].features.shape[1]
+    narrow = 1 if max_bin <= 256 else 2
+    return sum(len(fold) * width * (narrow + (narrow if complete(fold.features, fold.rows) else 4)) for fold in folds)
 
 
 def column_names(blocks: tuple[Block, ...]) -> list[str]:

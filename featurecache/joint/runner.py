@@ -54,7 +54,9 @@ class Runner:
     def outputs(self, batch: Batch) -> Tensor:
         """Logits (n, outputs) of a batch; images are normalised on the device."""
         images = {
-            view: self._preprocessings[view].normalise(image.to(self.device, non_blocking=True))
+            view: self._preprocessings[view].normalise(
+                image.to(self.device, non_blocking=True), torch.contiguous_format
+            )
             for view, image in batch.images.items()
         }
         owner = {view: rows.to(self.device) for view, rows in batch.owner.items()}

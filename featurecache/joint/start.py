@@ -73,6 +73,11 @@ def prepare(config: JointConfig) -> Start:
     run, head, taps = None, None, {}
     if config.init is not None:
         run = load_run(config.init)
+        if run.record.get("cv"):
+            raise InputError(
+                f"{config.init}: a cross-validation, whose head was fitted on all samples in the end, so that none are "
+                "left to test on. Give a run fitted without --cv."
+            )
         head = _fitted_head(run)
         config = _completed(config, run)
         taps = _taps(run, head)
@@ -175,7 +180,7 @@ def _completed(config: JointConfig, run: Run) -> JointConfig:
     values["trust_factory"] = tuple(config.trust_factory)
     merged = JointConfig.create({**config.model_dump(), **values}, source=str(run.path))
     typed = set(config.body.values()) if config.body != JointConfig.model_fields["body"].get_default() else set()
-    check_bodies(run, merged.model_dump(), typed)
+    check_bodies(run.path, run.views, merged.model_dump(), typed)
     missing = [view for view in run.views if merged.views and view not in merged.views]
     if missing or (merged.views and set(merged.views) != set(run.views)):
         raise InputError(

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featurecache.reporting.wording import interval, metric_name, number, sentence, tap_text
+from featurecache.reporting.wording import (
+    chosen_on,
+    how_measured,
+    interval,
+    metric_name,
+    number,
+    sentence,
+    split_name,
+    tap_text,
+)
 
 MISSING = "More information needed"
 _BESIDE = ("n", "n_groups", "events", "labels", "class_counts", "intervals")
@@ -55,7 +64,7 @@ def _card(title: str, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
     decided = "none (not a yes-or-no question)"
     if (value := threshold.get("value")) is not None:
         shown = "one per label, see run.json" if isinstance(value, Mapping) else number(value)
-        decided = f"{shown} (rule {escape(threshold['rule'])}, chosen on {escape(threshold['chosen_on'])})"
+        decided = f"{shown} (rule {escape(threshold['rule'])}, chosen on {escape(chosen_on(record))} samples)"
     views = []
     for view, recipe in record["recipes"].items():
         shown = str(recipe["recipe"]["body"]["architecture"])
@@ -79,11 +88,11 @@ tags: [image-features, {record["task"]}]
 
 # {escape(title)}
 
-{escape(sentence(record, metrics, split))}
+{" ".join(map(escape, [sentence(record, metrics, split), *how_measured(record)]))}
 
 ## Figures
 
-{_table(["", *splits], rows)}
+{_table(["", *(split_name(record, split) for split in splits)], rows)}
 
 {unit if bootstrap["n"] else "No intervals were computed."}
 

@@ -17,13 +17,15 @@ from featurecache.reporting import plots
 from featurecache.reporting.wording import (
     HEADLINE,
     RULES,
-    SPLIT_NAMES,
+    chosen_on,
+    how_measured,
     input_text,
     interval,
     metric_name,
     number,
     percent,
     sentence,
+    split_name,
     tap_text,
 )
 from featurecache.rundir import read_record
@@ -77,20 +79,21 @@ def render(directory: Path, record: Mapping[str, Any]) -> str:
         record=record,
         title=directory.name.removesuffix(".tmp"),
         lead=sentence(record, metrics, split),
-        split=SPLIT_NAMES.get(split, split),
+        split=split_name(record, split),
+        measured=how_measured(record),
         cards=_cards(record, metrics.get(split, {})),
-        columns=[(name, SPLIT_NAMES[name]) for name in SPLITS if name in metrics],
+        columns=[(name, split_name(record, name)) for name in SPLITS if name in metrics],
         table=_metric_rows(metrics),
         bootstrap=metrics["bootstrap"],
         samples=_sample_rows(predictions, record),
         left_out=_left_out(predictions, record),
-        figures=_figures(directory, part, split),
+        figures=_figures(directory, part, split_name(record, split)),
         classes=_class_rows(part, matrix, predictions.of("train")),
         long_names=any(len(label) > 8 for label in part.classes),
         matrix=_matrix_rows(matrix, part.classes) if 0 < len(matrix) <= TABLE_CLASSES else None,
-        heat=plots.confusion_plot(matrix, split) if len(matrix) > TABLE_CLASSES else None,
+        heat=plots.confusion_plot(matrix, split_name(record, split)) if len(matrix) > TABLE_CLASSES else None,
         labels=_label_rows(metrics.get(split, {})),
-        threshold=_thresholds(record.get("threshold")),
+        threshold=_thresholds(record),
         recipes=[_recipe(view, recipe) for view, recipe in record["recipes"].items()],
         details={
             name: json.dumps(record[name], indent=1, ensure_ascii=False)
@@ -135,7 +138,9 @@ def _sample_rows(predictions: Predictions, record: Mapping[str, Any]) -> list[di
         complete = [(view, sum(view in views for views in had) / n) for view in record["views"]]
         targets = _target_counts(part)
         groups = len(np.unique(part.groups))
-        rows.append({"split": SPLIT_NAMES[split], "n": n, "groups": groups, "targets": targets, "views": complete})
+        rows.append(
+            {"split": split_name(record, split), "n": n, "groups": groups, "targets": targets, "views": complete}
+        )
     return rows
 
 
@@ -178,6 +183,8 @@ def _figures(directory: Path, part: Predictions, split: str) -> list[plots.Plot]
     history = directory / "history.csv"
     if history.is_file():
         table = pl.read_csv(history, infer_schema_length=None)
+        if "fold" in table.columns:  # one curve after another, of different lengths
+            table = table.clear()
         numeric = table.select(pl.selectors.numeric())
         made += plots.learning_plots({name: plots.series(numeric[name].to_list()) for name in numeric.columns})
     return [plot for plot in made if plot is not None]
@@ -239,16 +246,16 @@ def _label_rows(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"columns": [metric_name(name) for name in present], "rows": rows}
 
 
-def _thresholds(threshold: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _thresholds(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    threshold = record.get("threshold")
     value = threshold["value"] if threshold else None
     if threshold is None or value is None:
         return None
     values = list(value.items()) if isinstance(value, Mapping) else [("", value)]
-    chosen = SPLIT_NAMES.get(str(threshold.get("chosen_on")), str(threshold.get("chosen_on") or ""))
     return {
         "values": values,
         "rule": RULES.get(str(threshold.get("rule")), str(threshold.get("rule"))),
-        "chosen_on": chosen,
+        "chosen_on": chosen_on(record),
     }
 
 

@@ -36,6 +36,7 @@ RULES = {
     "youden": "Youden's J, the highest sensitivity + specificity",
     "default": "one half, since validation shows one side only",
 }
+CALIBRATIONS = {"temperature": "temperature scaling", "isotonic": "isotonic regression"}
 _HEADS = {"fc": "FC", "logistic": "Logistic", "xgboost": "XGBoost"}
 
 
@@ -86,6 +87,35 @@ def tap_text(tap: Any) -> str:
     return str(tap.get("name") or tap.get("tap") or tap.get("module") or "")
 
 
+def split_name(record: Mapping[str, Any], split: str) -> str:
+    """What the samples of a split are called: `test`, or `out-of-fold` in a cross-validation."""
+    return "out-of-fold" if record.get("cv") and split == "test" else SPLIT_NAMES.get(split, split)
+
+
+def chosen_on(record: Mapping[str, Any]) -> str:
+    """On what the decision threshold was chosen."""
+    chosen = str((record.get("threshold") or {}).get("chosen_on") or "")
+    name = SPLIT_NAMES.get(chosen, chosen) or "no"
+    return f"all folds' {name}" if record.get("cv") and chosen else name
+
+
+def how_measured(record: Mapping[str, Any]) -> list[str]:
+    """Sentences on a cross-validation and on calibrated probabilities, where there are any."""
+    found = []
+    if cv := record.get("cv"):
+        found.append(
+            f"Cross-validated in {cv['folds']} folds: every sample was scored by a head that had not seen it. "
+            "The head that is kept was fitted afterwards, on all samples but a share of validation."
+        )
+        if lacking := cv.get("skipped"):
+            found.append(f"Not in the training samples of every fold: {', '.join(lacking)}.")
+    if calibration := record.get("calibration"):
+        method = str(calibration["method"])
+        where = "each fold's validation samples" if record.get("cv") else "the validation samples"
+        found.append(f"Probabilities are calibrated by {CALIBRATIONS.get(method, method)}, fitted on {where} only.")
+    return found
+
+
 def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> str:
     """What the run is, in one sentence with its first figure."""
     head = record.get("head") or {}
@@ -107,5 +137,5 @@ def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str) 
         return text + "."
     bounds = interval((figures.get("intervals") or {}).get(first))
     within = f" (95 % interval {bounds})" if bounds else ""
-    shown, where = metric_name(first), f"{figures['n']:,} {SPLIT_NAMES.get(split, split)} samples"
+    shown, where = metric_name(first), f"{figures['n']:,} {split_name(record, split)} samples"
     return f"{text}. {shown[0].upper()}{shown[1:]} {number(figures[first])}{within} on {where}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -245,24 +246,7 @@ class Appender:
     def _commit_chunk(self) -> None:
         stored, filled, kept = self._stored, self._filled, len(self._kept)
         chunk, full = stored.next_chunk, filled == self._rows
-        ensure_capacity(self._paths, stored, chunk + 1)
-        records: dict[str, ChunkRecord] = {}
-        for name, spec in self._arrays.items():
-            self._buffers[name][filled:] = 0
-            encoded = spec.encode(self._buffers[name])
-            records[name] = encoded.record
-            target = self._paths.array(stored.recipe.id, name) / spec.chunk_name(chunk)
-            if target.exists():  # a committed chunk is never touched, whatever a damaged index says
-                raise StoreError(
-                    f"{target} is in the way. `featurecache verify {self._paths.root}` tells what is wrong."
-                )
-            staged = self._paths.incoming / f"{stored.recipe.id}.{name}.{spec.chunk_name(chunk)}"
-            write_file(staged, encoded.parts)
-            move(staged, target)
-            step("chunk-written")
-        for name in self._arrays:
-            sync_directory(self._paths.array(stored.recipe.id, name))
-        step("chunks-synced")
+        records = write_chunk(self._paths, stored, chunk, self._buffers, filled)
         first = chunk * self._rows
         keys = _split(self._buffers[KEY][kept:filled])
         replicas = self._buffers[REPLICA][kept:filled].tolist() if REPLICA in self._buffers else [0] * (filled - kept)
@@ -287,6 +271,41 @@ def _split(keys: NDArray[np.uint8]) -> list[bytes]:
     return [blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES)]
 
 
+def write_chunk(
+    paths: StorePaths, stored: StoredRecipe, chunk: int, buffers: Mapping[str, NDArray[Any]], filled: int
+) -> dict[str, ChunkRecord]:
+    """Write one whole chunk of every array into a free slot, fsynced; it counts from the commit on.
+
+    Args:
+        paths: of the store.
+        stored: the recipe.
+        chunk: the free slot.
+        buffers: for every array its rows, (rows per chunk, *row shape); those from `filled` on are set to 0.
+        filled: how many rows there are.
+
+    Raises:
+        StoreError: there is a file in the way.
+    """
+    ensure_capacity(paths, stored, chunk + 1)
+    arrays = stored.layout.arrays()
+    records: dict[str, ChunkRecord] = {}
+    for name, spec in arrays.items():
+        buffers[name][filled:] = 0
+        encoded = spec.encode(buffers[name])
+        records[name] = encoded.record
+        target = paths.array(stored.recipe.id, name) / spec.chunk_name(chunk)
+        if target.exists():  # a committed chunk is never touched, whatever a damaged index says
+            raise StoreError(f"{target} is in the way. `featurecache verify {paths.root}` tells what is wrong.")
+        staged = paths.incoming / f"{stored.recipe.id}.{name}.{spec.chunk_name(chunk)}"
+        write_file(staged, encoded.parts)
+        move(staged, target)
+        step("chunk-written")
+    for name in arrays:
+        sync_directory(paths.array(stored.recipe.id, name))
+    step("chunks-synced")
+    return records
+
+
 def ensure_capacity(paths: StorePaths, stored: StoredRecipe, chunks: int) -> None:
     """Make every array's shape large enough for so many chunks, all the same: plain Zarr readers go by the shape.
 
@@ -300,6 +319,12 @@ def ensure_capacity(paths: StorePaths, stored: StoredRecipe, chunks: int) -> Non
         if capacities[name] != target:
             publish(paths.incoming, paths.array(stored.recipe.id, name) / "zarr.json", to_bytes(spec.document(target)))
             step("shape-grown")
+
+
+def align_shapes(paths: StorePaths, stored: StoredRecipe) -> None:
+    """End the growing of shapes that another writer was cut off at; a damaged zarr.json is left for verify to name."""
+    with contextlib.suppress(StoreError):
+        ensure_capacity(paths, stored, stored.next_chunk)
 
 
 def array_capacity(paths: StorePaths, stored: StoredRecipe, spec: ArraySpec) -> int:
@@ -327,6 +352,9 @@ def clear_superseded(index: Index, paths: StorePaths, stored: StoredRecipe) -> N
             path = paths.array(stored.recipe.id, name) / spec.chunk_name(chunk)
             if path.exists():
                 trash(path, paths.trash).unlink()
+        sync_directory(paths.array(stored.recipe.id, name))  # a power cut must not bring back what nobody looks for
+    if paths.trash.is_dir():
+        sync_directory(paths.trash)
     index.forget_superseded(stored.number, chunks)
 
 

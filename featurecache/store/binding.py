@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import decimal
 import hashlib
 import io
 import json
@@ -12,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -23,6 +21,7 @@ from featurecache.store.index import Index
 from featurecache.store.recipe import KEY_BYTES, canonical_json
 from featurecache.store.records import load_failures
 from featurecache.store.schema import next_generation
+from featurecache.store.tablehash import hash_table
 
 STATES = ("done", "absent", "failed", "pending")
 STORED = (
@@ -104,6 +103,17 @@ class Binding:
         """(n_samples,) ids in the table's order."""
         return np.array(self.table["sample_id"].to_list(), dtype=np.str_)
 
+    def same(self, other: Binding) -> bool:
+        """Whether another binding says the very same, so that nothing need be written."""
+        names = ("name", "manifest_path", "manifest_digest", "config", "recipes", "multi")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in names)
+            and list(self.recipes) == list(other.recipes)
+            and self.table.schema == other.table.schema
+            and self.table.equals(other.table)
+            and self.cells.equals(other.cells)
+        )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256, hex, over what the dataset is: `multi`, recipes, table, and the cells with their keys.
@@ -117,8 +127,8 @@ class Binding:
         """
         sha256 = hashlib.sha256(b"binding/1\n")
         sha256.update(canonical_json({"multi": self.multi, "recipes": self.recipes}))
-        _hash_frame(sha256, self.table)
-        _hash_frame(sha256, self.cells.select("sample", "view", "ordinal", "key", pl.col("state") == "absent"))
+        hash_table(sha256, self.table)
+        hash_table(sha256, self.cells.select("sample", "view", "ordinal", "key", pl.col("state") == "absent"))
         return sha256.hexdigest()
 
 
@@ -155,6 +165,15 @@ def cell_keys(cells: pl.DataFrame) -> tuple[NDArray[np.uint8], NDArray[np.bool_]
     known = cells["key"].is_not_null().to_numpy()
     blob = b"".join(cells["key"].fill_null(bytes(KEY_BYTES)).to_list())
     return np.frombuffer(blob, np.uint8).reshape(-1, KEY_BYTES), np.asarray(known, dtype=np.bool_)
+
+
+def key_series(keys: NDArray[np.uint8], known: NDArray[np.bool_]) -> pl.Series:
+    """The column `key` of cells, null where not known, from (n, 32) keys."""
+    blob = keys.tobytes()
+    values: list[bytes | None] = [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
+    for at in np.flatnonzero(~known).tolist():
+        values[at] = None
+    return pl.Series("key", values, dtype=CELL_SCHEMA["key"])
 
 
 def save_binding(index: Index, binding: Binding, *, replace: bool) -> None:
@@ -247,8 +266,7 @@ def load_binding(index: Index, name: str) -> Binding:
         raise InputError(f"{index.paths.root}: no dataset {name!r}.{did_you_mean(name, names)} {known}")
     _, path, manifest_digest, digest, multi, config, recipes, samples, cells, keys, _, _ = found
     try:
-        blobs = [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
-        cell_key = pl.Series("key", [blob if any(blob) else None for blob in blobs], dtype=pl.Binary)
+        key_rows = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
         binding = Binding(
             name,
             path,
@@ -257,7 +275,9 @@ def load_binding(index: Index, name: str) -> Binding:
             json.loads(config),
             json.loads(recipes),
             multi,
-            pl.read_parquet(io.BytesIO(cells)).insert_column(3, cell_key),
+            pl.read_parquet(io.BytesIO(cells)).insert_column(
+                3, key_series(key_rows, cast(NDArray[np.bool_], key_rows.any(axis=1)))
+            ),
         )
     except (pl.exceptions.PolarsError, ValueError, OSError) as error:
         raise CorruptionError(f"{_remedy(index, name, path, 'can not be read')} ({error})") from error
@@ -269,70 +289,6 @@ def _parquet(frame: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
     return buffer.getvalue()
-
-
-def _hash_frame(sha256: Any, frame: pl.DataFrame) -> None:
-    """Feed the content of a table to a hash: per column its name, our name of its type, which are null, the values.
-
-    int is int64 and float is float64 (one NaN, little-endian), bool a byte; text, binary and everything else, as the
-    text that `_text` gives it, are their lengths (uint64) and then their bytes. A null counts as 0 or is left out.
-    """
-    for series in frame.get_columns():
-        kind, values = _column(series)
-        sha256.update(canonical_json([series.name, kind, len(series)]))
-        sha256.update(np.packbits(series.is_null().to_numpy()).tobytes())
-        if isinstance(values, np.ndarray):
-            sha256.update(values.tobytes())
-            continue
-        blobs = [value if isinstance(value, bytes) else value.encode("utf-8") for value in values]
-        sha256.update(np.array([len(blob) for blob in blobs], "<u8").tobytes())
-        sha256.update(b"".join(blobs))
-
-
-def _column(series: pl.Series) -> tuple[str, NDArray[Any] | list[Any]]:
-    """Our name of a column's type, and its values: an array with 0 for null, or a list without the nulls."""
-    dtype = series.dtype
-    if dtype == pl.Boolean:
-        return "bool", series.fill_null(False).cast(pl.UInt8).to_numpy()
-    if dtype.is_integer():
-        try:
-            return "int", series.cast(pl.Int64).fill_null(0).to_numpy().astype("<i8")
-        except pl.exceptions.PolarsError:  # beyond 64 bits
-            return "text", [str(value) for value in series.drop_nulls().to_list()]
-    if dtype.is_float():
-        numbers = series.cast(pl.Float64).fill_null(0.0).to_numpy().astype("<f8")
-        return "float", np.where(np.isnan(numbers), np.float64("nan"), numbers).astype("<f8")
-    if dtype == pl.Binary:
-        return "binary", series.drop_nulls().to_list()
-    if isinstance(dtype, pl.Datetime | pl.Duration):  # as Python objects they would lose nanoseconds
-        scale = {"ms": 10**6, "us": 10**3}.get(dtype.time_unit or "us", 1)
-        ticks = series.drop_nulls().cast(pl.Int64).to_list()
-        return "text", [f"{tick * scale} ns" for tick in ticks]
-    if isinstance(dtype, pl.Categorical | pl.Enum):
-        series = series.cast(pl.String)
-    return "text", [_text(value) for value in series.drop_nulls().to_list()]
-
-
-def _text(value: Any) -> str:
-    """The one spelling of a value of a rare type: dates and times after ISO 8601, decimals in full, lists as JSON."""
-    plain = _plain(value)
-    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple | pl.Series):
-        return [_plain(item) for item in value]
-    if isinstance(value, dt.date | dt.time):
-        return value.isoformat()
-    if isinstance(value, dt.timedelta):
-        return f"{value // dt.timedelta(microseconds=1) * 1000} ns"
-    if isinstance(value, decimal.Decimal):
-        return format(value, "f")
-    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def samples_with(index: Index, keys: set[bytes]) -> list[str]:
@@ -360,7 +316,9 @@ def name_samples(index: Index, keys: set[bytes], shown: int = 10) -> str:
     return f"{what} {', '.join(names[:shown])}{more}" if names else "no samples"
 
 
-def resolve_cells(index: Index, number: int, binding: Binding, view: str, *, own: bool) -> ResolvedView:
+def resolve_cells(
+    index: Index, number: int, binding: Binding, view: str, *, own: bool, replica: int = 0
+) -> ResolvedView:
     """Find the rows of the cells of one view in a recipe, and with them the cells' states now.
 
     Args:
@@ -370,11 +328,12 @@ def resolve_cells(index: Index, number: int, binding: Binding, view: str, *, own
         view: one of its views.
         own: whether this is the recipe that the view is bound to. In another one a cell that failed is pending, unless
             its content is unknown or that recipe remembers a failure of its own.
+        replica: which one, in a recipe that has them.
     """
     cells = binding.cells.filter(binding.cells["view"] == view)
     keys, known = cell_keys(cells)
     rows = np.full(cells.height, -1, np.int64)
-    rows[known] = index.lookup(number, keys[known], np.zeros(int(known.sum()), np.int32))
+    rows[known] = index.lookup(number, keys[known], np.full(int(known.sum()), replica, np.int32))
     state = np.array(cells["state"].to_list(), dtype="U7")
     state[state == "done"] = "pending"  # done when bound, but the row was dropped since, or the recipe is another one
     if not own:

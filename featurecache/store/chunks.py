@@ -53,8 +53,8 @@ class ChunkReader:
     found.
     """
 
-    def __init__(self, index: Index, paths: StorePaths) -> None:
-        """Prepare to read; nothing is opened."""
+    def __init__(self, index: Index, paths: StorePaths, *, map_files: bool = True) -> None:
+        """Prepare to read; nothing is opened. A file that is mapped keeps its place on the disk when it is deleted."""
         self.index = index
         self.paths = paths
         self.pid = os.getpid()
@@ -62,7 +62,7 @@ class ChunkReader:
         self._decoded: OrderedDict[tuple[int, str, int], NDArray[Any]] = OrderedDict()
         self._maps = 0
         self._tick = 0
-        self._map_files = windows.AVAILABLE
+        self._map_files = map_files and windows.AVAILABLE
         self._lock = threading.RLock()
 
     def read(self, stored: StoredRecipe, array: str, rows: ArrayLike) -> NDArray[Any]:

@@ -20,6 +20,14 @@ STEPS = (
 )  # fmt: skip
 """The named steps of writing, in order; `step` is called when each is done."""
 
+MAINTENANCE_STEPS = (
+    "chunk-written", "chunks-synced", "rows-dropped", "dropped-chunks-deleted",  # rows; a rewritten chunk at a time
+    "records-dropped", "failures-listed", "binding-rewritten",  # what else names them
+    "recipe-dropped", "group-trashed",  # a whole recipe
+    "index-scrubbed", "generation-published",
+)  # fmt: skip
+"""The named steps of dropping, in order."""
+
 hook: Callable[[str], None] | None = None
 """Called with the name of each step done and, as `io:write`, `io:fsync`, `io:rename`, before each file operation.
 

@@ -32,6 +32,8 @@ _NAME = re.compile(r"[A-Za-z0-9._@-]{1,120}")
 _ZSTD: dict[str, Any] = {"level": 3, "checksum": False}
 _GZIP: dict[str, Any] = {"level": 5}
 CODECS = ("none", "zstd", "blosc", "gzip")
+DTYPES = ("float16", "float32")
+MOST_CHUNK_ROWS = 2**20  # that can be asked for
 
 
 @dataclass(frozen=True)
@@ -231,10 +233,10 @@ class Layout:
                 problems.append(f"tap {name!r}: shape {shape} with dimensions {dims} is not the shape of a row")
         if codec not in CODECS:
             problems.append(f"codec {codec!r} is unknown.{did_you_mean(codec, CODECS)} Known: {', '.join(CODECS)}.")
-        if recipe.storage_dtype not in ("float16", "float32"):
+        if recipe.storage_dtype not in DTYPES:
             problems.append(f"storage dtype {recipe.storage_dtype!r}: use float16 or float32")
-        if rows_per_chunk is not None and not 1 <= rows_per_chunk <= 2**20:
-            problems.append(f"rows per chunk {rows_per_chunk}: must be from 1 to {2**20}")
+        if rows_per_chunk is not None and not 1 <= rows_per_chunk <= MOST_CHUNK_ROWS:
+            problems.append(f"rows per chunk {rows_per_chunk}: must be from 1 to {MOST_CHUNK_ROWS}")
         if problems:
             raise InputError.from_problems(f"recipe {recipe.id} can't be stored", problems)
         size = np.dtype(recipe.storage_dtype).itemsize
@@ -274,9 +276,18 @@ class Layout:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
-        """The layout that `to_json` described."""
+        """The layout that `to_json` described.
+
+        Raises:
+            ValueError: it can't be one; a flipped bit, for which nothing but this looks.
+            KeyError: a part is missing. TypeError, AttributeError: a part is of another kind.
+        """
         taps = {name: (tuple(tap["shape"]), tuple(tap["dims"])) for name, tap in values["taps"].items()}
-        return cls(taps, values["dtype"], values["codec"], int(values["rows_per_chunk"]), bool(values["replicas"]))
+        found = cls(taps, values["dtype"], values["codec"], int(values["rows_per_chunk"]), bool(values["replicas"]))
+        sound = found.dtype in DTYPES and found.codec in CODECS and 1 <= found.rows_per_chunk <= MOST_CHUNK_ROWS
+        if not sound or not all(shape and min(shape) >= 1 and len(shape) == len(dims) for shape, dims in taps.values()):
+            raise ValueError(f"no layout: {values}")
+        return found
 
 
 def root_document(uuid: str, generation: int, required_features: Iterable[str]) -> dict[str, Any]:

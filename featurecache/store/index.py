@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from featurecache.errors import CorruptionError, StoreError
 from featurecache.store.files import step
 from featurecache.store.format import ChunkRecord, Layout, StorePaths, feature_list
+from featurecache.store.lookup import BY_KEY, all_rows, merge_keys
 from featurecache.store.recipe import KEY_BYTES, Recipe
-from featurecache.store.schema import next_generation, no_collections, sqlite_errors
+from featurecache.store.schema import LAST_RECIPE, REMOVED, next_generation, next_row, sqlite_errors
 
 _BUSY_SECONDS = 30.0
-_WRITER_CACHE_KIB = 32 * 1024
+_WRITER_CACHE_KIB = 8 * 1024  # what a commit touches and this does not hold goes to the log early, which is cheap
 _FEW_KEYS = 512  # up to here keys are looked up one by one
 _PER_KEY = 4  # and where the recipe has more rows than this many for each key asked for
-
 # Connections that were open when the process was forked. Closing one here could end the parent's locks or its
 # write-ahead log, so that they are kept for good instead.
 _inherited: list[sqlite3.Connection] = []
@@ -113,7 +113,7 @@ class Index:
             connection.execute("SELECT name FROM meta").fetchall()
             return _Handle(connection, None)
         except sqlite3.OperationalError as error:
-            if not error.sqlite_errorname.startswith(
+            if not getattr(error, "sqlite_errorname", "").startswith(
                 ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_PROTOCOL")
             ):
                 raise
@@ -221,7 +221,7 @@ class Index:
                 )
                 for number, recipe, layout, canary, recorded, next_row, next_chunk, partial in found
             ]  # fmt: skip
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(
                 f"{self.paths.index}: damaged: a recipe can't be read ({error}). "
                 f"`featurecache verify {self.paths.root} --rebuild-index` makes the index anew."
@@ -237,8 +237,10 @@ class Index:
         )
         with self.writing() as connection:
             connection.execute(
-                "INSERT INTO recipes (id, digest, base, recipe, layout, canary, recorded) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (recipe.id, recipe.digest, recipe.base, *texts),
+                "INSERT INTO recipes (number, next_row, id, digest, base, recipe, layout, canary, recorded) "
+                "SELECT 1 + MAX(COALESCE((SELECT MAX(number) FROM recipes), 0), COALESCE((SELECT value FROM meta "
+                "WHERE name = ?), 0)), COALESCE((SELECT value FROM meta WHERE name = ?), 0), ?, ?, ?, ?, ?, ?, ?",
+                (LAST_RECIPE, REMOVED + recipe.id, recipe.id, recipe.digest, recipe.base, *texts),
             )
             next_generation(connection)
 
@@ -256,22 +258,27 @@ class Index:
     def lookup(self, number: int, keys: NDArray[np.uint8], replicas: NDArray[np.int32]) -> NDArray[np.int64]:
         """Row ids for keys (n, 32) and replicas (n,); -1 where there is no such row."""
         with self.reading() as connection:
-            (total,) = connection.execute("SELECT next_row FROM recipes WHERE number = ?", (number,)).fetchone()
+            total = next_row(connection, number)
             if len(keys) > _FEW_KEYS and total <= len(keys) * _PER_KEY:
-                return _merge(connection, number, keys, replicas)
-            query = "SELECT row FROM rows WHERE recipe = ? AND key = ? AND replica = ?"
+                return merge_keys(connection, number, keys, replicas)
             blob, found = keys.tobytes(), np.full(len(keys), -1, np.int64)
             for i, replica in enumerate(replicas.tolist()):
                 key = blob[i * KEY_BYTES : (i + 1) * KEY_BYTES]
-                row = connection.execute(query, (number, key, replica)).fetchone()
-                if row is not None:
-                    found[i] = row[0]
+                row = connection.execute(BY_KEY, (number, key, replica)).fetchone()
+                if row is None:
+                    continue
+                if row[1:] != (key, replica):
+                    raise CorruptionError(
+                        f"{self.paths.index}: damaged: it leads from the key of one row to another row. "
+                        f"`featurecache verify {self.paths.root} --rebuild-index` makes it anew from the key arrays."
+                    )
+                found[i] = row[0]
             return found
 
     def slots(self, number: int) -> NDArray[np.int64]:
         """Where each row lies, (next row id,) int64, -1 for a row that is no more."""
         with self.reading() as connection:
-            (total,) = connection.execute("SELECT next_row FROM recipes WHERE number = ?", (number,)).fetchone()
+            total = next_row(connection, number)
             flat = np.fromiter(
                 chain.from_iterable(
                     connection.execute("SELECT row, slot FROM rows WHERE recipe = ? ORDER BY slot", (number,))
@@ -293,6 +300,13 @@ class Index:
                 "SELECT row, key, replica, slot FROM rows WHERE recipe = ? AND slot >= ? AND slot < ? ORDER BY slot",
                 (number, first, last),
             ).fetchall()
+
+    def keys(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int32]]:
+        """Row ids (n,), keys (n, 32) and replicas (n,) of all rows of a recipe, in the order in which they lie."""
+        with self.reading() as connection:
+            rows, keys, replicas, slots = all_rows(connection, number)
+        order = np.argsort(slots)
+        return rows[order], keys[order], replicas[order]
 
     def chunks(self, number: int, chunk: int | None = None) -> dict[tuple[int, str], ChunkRecord]:
         """(chunk, array) -> record, for one chunk or for all of a recipe."""
@@ -361,29 +375,3 @@ class Index:
             connection.executemany(
                 "DELETE FROM superseded WHERE recipe = ? AND chunk = ?", ((number, c) for c in chunks)
             )
-
-
-def _merge(
-    connection: sqlite3.Connection, number: int, keys: NDArray[np.uint8], replicas: NDArray[np.int32]
-) -> NDArray[np.int64]:
-    """Look many keys up at once: the recipe's keys come sorted from the index, so a binary search finds them."""
-    width = KEY_BYTES + 4
-
-    def packed(raw: NDArray[np.uint8], number_of: NDArray[np.int32]) -> NDArray[np.bytes_]:
-        both = np.concatenate([raw, number_of.astype(">i4").view(np.uint8).reshape(-1, 4)], axis=1)
-        return np.ascontiguousarray(both).view(f"S{width}").ravel()
-
-    query = "SELECT key, replica, row FROM rows WHERE recipe = ? ORDER BY key, replica"
-    with no_collections():
-        found = connection.execute(query, (number,)).fetchall()
-    if not found:
-        return np.full(len(keys), -1, np.int64)
-    known_keys, known_replicas, known_rows = zip(*found, strict=True)
-    known = packed(
-        np.frombuffer(b"".join(known_keys), np.uint8).reshape(-1, KEY_BYTES), np.array(known_replicas, np.int32)
-    )
-    wanted = packed(keys, replicas)
-    order = np.argsort(wanted)  # searching in order stays in the processor's caches
-    at = np.empty(len(wanted), np.int64)
-    at[order] = np.minimum(np.searchsorted(known, wanted[order]), len(known) - 1)
-    return np.where(known[at] == wanted, np.array(known_rows, np.int64)[at], -1)

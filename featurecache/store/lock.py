@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from featurecache.errors import LockedError
+from featurecache.store.files import storage_errors
 
 if sys.platform == "win32":
     import msvcrt
@@ -31,6 +32,7 @@ class WriterLock:
 
         Raises:
             LockedError: names the process that holds it.
+            StoreError: the disk refused.
         """
         self.path = path
         with _registry:
@@ -47,9 +49,14 @@ class WriterLock:
         self._descriptor = descriptor
         self._released = False
         self.pid = os.getpid()
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, f"{self.pid}\n".encode())
+        try:
+            with storage_errors(f"{path.parent}: opening for writing failed"):
+                os.ftruncate(descriptor, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, f"{self.pid}\n".encode())
+        except BaseException:
+            self.release()
+            raise
 
     def _free_descriptor(self) -> int:
         try:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import uuid as uuids
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from featurecache.errors import CorruptionError, InputError, MissingFileError, StoreError
-from featurecache.store.files import move, publish, step, sync_directory, trash, write_file
+from featurecache.store.files import (
+    file_system,
+    is_network,
+    move,
+    publish,
+    step,
+    sync_directory,
+    trash,
+    write_file,
+)
 from featurecache.store.format import (
     FEATURES,
     FIRST_CAPACITY,
@@ -25,7 +36,11 @@ from featurecache.store.index import Index, Meta
 from featurecache.store.recipe import Recipe
 from featurecache.store.schema import create_index
 
-_OWN_NAMES = {"features.zarr", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "lock", "trash", "incoming"}
+INCOMPLETE = "incomplete"
+"""The file in a store that `compact` is still filling."""
+_OWN_NAMES = {
+    "features.zarr", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "lock", "trash", "incoming", INCOMPLETE,
+}  # fmt: skip
 
 
 def require_store(paths: StorePaths) -> None:
@@ -151,6 +166,17 @@ def check_identity(index: Index, paths: StorePaths) -> None:
             f"{paths.index} is an older copy (generation {meta.generation}, features.zarr has {root.generation}). "
             f"Restore the newer one, or make it anew with `featurecache verify {paths.root} --rebuild-index`; "
             "no feature is lost."
+        )
+
+
+def warn_of_network(path: Path, *, stacklevel: int) -> None:
+    """Warn where a store that is to be written lies on a file system that can't be relied on."""
+    kind = file_system(path)
+    if is_network(kind):
+        warnings.warn(
+            f"{path} is on a network file system ({kind}), where locks may not exclude a second writer and "
+            "the index may be damaged. Write to a local disk, then copy.",
+            stacklevel=stacklevel,
         )
 
 

@@ -36,6 +36,7 @@ from featurecache.store.lock import WriterLock
 from featurecache.store.opening import NewerStoreError, read_root, require_known
 from featurecache.store.recipe import Recipe
 from featurecache.store.schema import build_index, sqlite_errors
+from featurecache.store.settle import removed_groups
 from featurecache.store.verify import VerifyReport, metadata_problems
 
 
@@ -116,6 +117,7 @@ class _Salvage:
     records: dict[str, dict[tuple[int, str], ChunkRecord]] = field(default_factory=dict)
     bindings: list[tuple[Any, ...]] | None = None
     failures: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    dead: list[Path] = field(default_factory=list)  # what was dropped, but not yet deleted when a process died
     lost: list[str] = field(default_factory=list)
 
 
@@ -136,6 +138,9 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
     with locked(paths):
         report = RepairReport(paths.root)
         old = _salvage(paths)
+        for path in filter(Path.exists, old.dead):
+            report.trashed.append(str(path))
+            trash(path, paths.trash)
         generation = old.generation
         try:
             root = read_root(paths)
@@ -182,7 +187,12 @@ def _salvage(paths: StorePaths) -> _Salvage:
             meta = index.meta()
             require_known(paths, meta.format, meta.required_features)
             old.uuid, old.generation = meta.uuid, meta.generation
+            old.dead += removed_groups(index)
             for stored in index.recipes():
+                chunks = index.superseded(stored.number)
+                for array, spec in stored.layout.arrays().items():
+                    directory = paths.array(stored.recipe.id, array)
+                    old.dead += [directory / spec.chunk_name(chunk) for chunk in chunks]
                 old.recipes[stored.recipe.id] = stored
                 old.records[stored.recipe.id] = index.chunks(stored.number)
                 with index.reading() as connection:

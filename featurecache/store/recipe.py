@@ -13,6 +13,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featurecache.errors import InputError
 
 SCHEMA = 1
@@ -106,10 +109,24 @@ def content_key(kind: str, selector: Mapping[str, Any] | str, payload_sha256: by
         selector: part of the payload (frame, page, box, flip), a mapping or its canonical JSON; `{}` is the whole.
         payload_sha256: SHA-256 of the payload, 32 bytes.
     """
-    if len(payload_sha256) != 32:
-        raise InputError(f"content key: a SHA-256 has 32 bytes, found {len(payload_sha256)}")
-    chosen = selector.encode("utf-8") if isinstance(selector, str) else canonical_json(selector)
-    return hashlib.sha256(b"\n".join((b"key/1", kind.encode("utf-8"), chosen, payload_sha256))).digest()
+    chosen = selector if isinstance(selector, str) else canonical_json(selector).decode("utf-8")
+    return content_keys(kind, [chosen], [payload_sha256]).tobytes()
+
+
+def content_keys(kind: str, selectors: Sequence[str], payloads: Sequence[bytes]) -> NDArray[np.uint8]:
+    """The `content_key` of n cells of one kind, (n, 32) uint8, from their selectors' JSON and SHA-256."""
+    begun = {
+        selector: hashlib.sha256(b"\n".join((b"key/1", kind.encode("utf-8"), selector.encode("utf-8"), b"")))
+        for selector in set(selectors)
+    }
+    keys = bytearray()
+    for selector, payload in zip(selectors, payloads, strict=True):
+        if len(payload) != KEY_BYTES:
+            raise InputError(f"content key: a SHA-256 has 32 bytes, found {len(payload)}")
+        key = begun[selector].copy()
+        key.update(payload)
+        keys += key.digest()
+    return np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 
 from featurecache.store.index import Index
-from featurecache.store.schema import no_collections
+from featurecache.store.schema import next_generation, no_collections
 
 STAT_MARGIN_NS = 2_000_000_000  # the coarsest clock of a file system in use (FAT: 2 s)
 _PER_PATH = 4
+_BLOCK = 4096  # rows that are Python objects at a time
+_SCHEMA = {
+    "path": pl.String, "size": pl.Int64, "mtime_ns": pl.Int64, "ctime_ns": pl.Int64, "inode": pl.Int64,
+    "recorded_ns": pl.Int64, "sha256": pl.Binary,
+}  # fmt: skip
+_COLUMNS = ", ".join(_SCHEMA)
 
 
 class StatRecord(NamedTuple):
@@ -33,19 +43,6 @@ class StatRecord(NamedTuple):
         inode = _signed(status.st_ino)
         return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode, recorded_ns, sha256)
 
-    def matches(self, status: os.stat_result) -> bool:
-        """Whether a file that now looks like `status` surely holds the bytes that were hashed.
-
-        A record taken within 2 s of the file's change doesn't count: a second change would not show.
-        """
-        return (
-            status.st_size == self.size
-            and status.st_mtime_ns == self.mtime_ns
-            and status.st_ctime_ns == self.ctime_ns
-            and _signed(status.st_ino) == self.inode
-            and self.recorded_ns - max(self.mtime_ns, self.ctime_ns) >= STAT_MARGIN_NS
-        )
-
 
 def _signed(inode: int) -> int:
     """An inode number as SQLite can hold it: some file systems use all 64 bits."""
@@ -63,21 +60,77 @@ def _stored(path: str) -> str | bytes:
 
 def load_payloads(index: Index, paths: Sequence[str]) -> dict[str, StatRecord]:
     """The records of those of `paths` that have one."""
-    columns = "path, size, mtime_ns, ctime_ns, inode, recorded_ns, sha256"
+    query = f"SELECT {_COLUMNS} FROM payloads WHERE path = ?"
+    with index.reading() as connection:
+        found = ((path, connection.execute(query, (_stored(path),)).fetchone()) for path in paths)
+        return {path: StatRecord._make((path, *row[1:])) for path, row in found if row is not None}
+
+
+def load_payload_table(index: Index, paths: pl.Series) -> pl.DataFrame:
+    """The records of many paths (String, may come several times) at once.
+
+    Returns:
+        One row a path that has a record, with the columns of StatRecord.
+    """
+    paths = paths.drop_nulls().unique().alias("path")
     with index.reading() as connection, no_collections():
         (total,) = connection.execute("SELECT COUNT(*) FROM payloads").fetchone()
         if total <= len(paths) * _PER_PATH:
-            wanted = set(map(_stored, paths))
-            rows = connection.execute(f"SELECT {columns} FROM payloads")
-            found = {row[0]: StatRecord._make(row) for row in rows if row[0] in wanted}
+            every = connection.execute(f"SELECT {_COLUMNS} FROM payloads WHERE typeof(path) = 'text'")
+            blocks = iter(lambda: every.fetchmany(_BLOCK), [])
         else:
-            query = f"SELECT {columns} FROM payloads WHERE path = ?"
-            one_by_one = (connection.execute(query, (_stored(path),)).fetchone() for path in paths)
-            found = {row[0]: StatRecord._make(row) for row in one_by_one if row is not None}
-    for raw in [path for path in found if isinstance(path, bytes)]:
-        path = os.fsdecode(raw)
-        found[path] = found.pop(raw)._replace(path=path)
-    return found
+            query = f"SELECT {_COLUMNS} FROM payloads WHERE path = ?"
+            blocks = ([row for path in block for row in connection.execute(query, (path,))] for block in _lists(paths))
+        return pl.concat([pl.DataFrame(schema=_SCHEMA), *map(_table, blocks)]).join(
+            paths.to_frame(), on="path", how="semi"
+        )
+
+
+def _lists(paths: pl.Series) -> Iterator[list[str]]:
+    return (paths[at : at + _BLOCK].to_list() for at in range(0, len(paths), _BLOCK))
+
+
+def _table(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
+    columns = zip(*rows, strict=True) if rows else ([] for _ in _SCHEMA)
+    return pl.DataFrame(dict(zip(_SCHEMA, columns, strict=True)), schema=_SCHEMA)
+
+
+def look_same(records: pl.DataFrame, has_change_time: Callable[[str], bool]) -> NDArray[np.bool_]:
+    """Which files surely hold the bytes that were hashed, since all of their stat is what it was then.
+
+    A record taken within 2 s of the file's change doesn't count: a second change would not show. Nor does any on a
+    file system without a true change time.
+
+    Args:
+        records: a row a file, with the columns of StatRecord.
+        has_change_time: whether the file system of a path keeps one; asked once for each device.
+
+    Returns:
+        (n,) bool.
+    """
+    trusted: dict[int, bool] = {}
+    settled = pl.col("recorded_ns") - pl.max_horizontal("mtime_ns", "ctime_ns") >= STAT_MARGIN_NS
+    same = records.select(settled).to_series().to_numpy().copy()
+    found = records.filter(same).select("path", "size", "mtime_ns", "ctime_ns", "inode")
+    inodes = found["inode"].to_numpy().view(np.uint64).tolist()  # as the system gives them, see `_signed`
+    known = zip(*(found[name].to_list() for name in found.columns[:-1]), inodes, strict=True)
+    answers = np.zeros(len(found), np.bool_)
+    for at, (path, size, mtime_ns, ctime_ns, inode) in enumerate(known):
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        if (
+            status.st_mtime_ns == mtime_ns
+            and status.st_ctime_ns == ctime_ns
+            and status.st_size == size
+            and status.st_ino == inode
+        ):
+            if status.st_dev not in trusted:
+                trusted[status.st_dev] = has_change_time(path)
+            answers[at] = trusted[status.st_dev]
+    same[same] = answers
+    return same
 
 
 def save_payloads(index: Index, records: Iterable[StatRecord]) -> None:
@@ -104,6 +157,7 @@ def save_failures(index: Index, number: int, failures: Iterable[tuple[bytes, str
             "INSERT OR REPLACE INTO failures (recipe, key, reader, message) VALUES (?, ?, ?, ?)",
             ((number, bytes(key), *rest) for key, *rest in failures),
         )
+        next_generation(connection)  # a cell that was pending to readers may be a failed one now
 
 
 def clear_failures(index: Index, number: int, keys: Iterable[bytes] | None) -> None:
@@ -115,3 +169,4 @@ def clear_failures(index: Index, number: int, keys: Iterable[bytes] | None) -> N
             connection.executemany(
                 "DELETE FROM failures WHERE recipe = ? AND key = ?", ((number, bytes(key)) for key in keys)
             )
+        next_generation(connection)

@@ -13,6 +13,12 @@ from featurecache.errors import CorruptionError, StoreError
 from featurecache.store.files import move, sync_directory
 from featurecache.store.format import FORMAT, StorePaths
 
+REMOVED, LAST_RECIPE = "removed:", "last recipe"
+"""Entries of `meta` that outlive a removed recipe: by its id the next row's id, and the largest number there ever was.
+
+A recipe that is added again goes on from there, so that no number and no row id ever means something else to a reader.
+"""
+
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE recipes (
@@ -65,6 +71,31 @@ def build_index(path: Path, uuid: str) -> None:
         connection.executemany("INSERT INTO meta (name, value) VALUES (?, ?)", values)
 
 
+def missing_columns(connection: sqlite3.Connection) -> list[str]:
+    """Columns (`table.column`) that an index must have and this one lacks; what a newer version added is no matter."""
+    query = "SELECT t.name || '.' || c.name FROM sqlite_master AS t, pragma_table_info(t.name) AS c"
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(_SCHEMA)
+        expected, found = ({row[0] for row in one.execute(query)} for one in (model, connection))
+    return sorted(expected - found)
+
+
+class RecipeGone(StoreError):
+    """A recipe was removed since it was looked up."""
+
+
+def next_row(connection: sqlite3.Connection, number: int) -> int:
+    """The id that the next row of a recipe gets: one more than any row ever had.
+
+    Raises:
+        RecipeGone: the recipe was removed.
+    """
+    found = connection.execute("SELECT next_row FROM recipes WHERE number = ?", (number,)).fetchone()
+    if found is None:
+        raise RecipeGone("The recipe was removed from the store since it was looked up. Run extract to compute it.")
+    return int(found[0])
+
+
 def next_generation(connection: sqlite3.Connection) -> None:
     """Count the store's generation up: part of every transaction that adds rows, recipes or bindings."""
     connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'generation'")
@@ -88,9 +119,16 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        # A statement of ours is wrong, or a text no text (then there is no code), where the index is damaged only.
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR:
+            raise _damaged(path, error) from error
         raise StoreError(f"{path}: {error}. What was committed before is intact.") from error
-    except sqlite3.DatabaseError as error:
-        raise CorruptionError(
-            f"{path}: damaged ({error}). `featurecache verify {path.parent} --rebuild-index` makes it anew from the "
-            "key arrays."
-        ) from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: of a damaged name in SQLite's message
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CorruptionError:
+    return CorruptionError(
+        f"{path}: damaged ({error}). `featurecache verify {path.parent} --rebuild-index` makes it anew from the "
+        "key arrays."
+    )

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from featurecache.errors import InputError, StoreError
 from featurecache.store import binding as bindings
 from featurecache.store import catalogue, records
-from featurecache.store.appender import Appender, clear_leftovers, clear_superseded, publish_generation
+from featurecache.store.appender import Appender, publish_generation
 from featurecache.store.binding import Binding, ResolvedView
 from featurecache.store.catalogue import RecipeInfo
 from featurecache.store.chunks import ChunkReader
-from featurecache.store.files import file_system, is_network, step, storage_errors
+from featurecache.store.files import step, storage_errors
 from featurecache.store.format import Layout, StorePaths
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.lock import WriterLock
-from featurecache.store.opening import check_identity, create, prepare_directory, require_store
+from featurecache.store.opening import check_identity, create, prepare_directory, require_store, warn_of_network
 from featurecache.store.recipe import KEY_BYTES, Recipe
 from featurecache.store.records import StatRecord
+from featurecache.store.schema import RecipeGone
+from featurecache.store.settle import settle
 
 __all__ = ["FeatureStore", "RecipeInfo"]
 
@@ -69,7 +71,7 @@ class FeatureStore:
         self._index = Index(self._paths, write=False)
         self._reader = ChunkReader(self._index, self._paths)
         self._known: dict[str, StoredRecipe] = {}
-        self._resolved: dict[tuple[str, str, str], tuple[int, ResolvedView]] = {}
+        self._resolved: dict[tuple[str, str, str, int], tuple[int, ResolvedView]] = {}
 
     def _own(self) -> Index:
         """The index of this process: after a fork the parent's connections and maps are left alone."""
@@ -97,24 +99,13 @@ class FeatureStore:
                 self._reader = ChunkReader(self._index, self._paths)
                 self._writer_pid = os.getpid()
                 check_identity(self._index, self._paths)
-                shutil.rmtree(self._paths.incoming, ignore_errors=True)
-                self._paths.incoming.mkdir(exist_ok=True)
-                shutil.rmtree(self._paths.trash, ignore_errors=True)
-                for stored in self._index.recipes():
-                    clear_superseded(self._index, self._paths, stored)
-                    clear_leftovers(self._index, self._paths, stored)
+                settle(self._index, self._paths)
                 step("leftovers-trashed")
         except BaseException:
             self._index.close()
             self._lock.release()
             raise
-        kind = file_system(self.path)
-        if is_network(kind):
-            warnings.warn(
-                f"{self.path} is on a network file system ({kind}), where locks may not exclude a second writer and "
-                "the index may be damaged. Write to a local disk, then copy.",
-                stacklevel=3,
-            )
+        warn_of_network(self.path, stacklevel=4)
 
     @property
     def writable(self) -> bool:
@@ -209,12 +200,21 @@ class FeatureStore:
                 publish_generation(index, self._paths)
         return self.recipe(recipe.digest)
 
+    @property
+    def index(self) -> Index:
+        """The SQLite side, for maintenance: what `removal` and `compact` work on."""
+        return self._own()
+
     def _stored(self, name: str, *, fresh: bool = False) -> StoredRecipe:
         """The recipe of this name; where `fresh` is False its counters may be those of an earlier time."""
         index = self._own()
-        if fresh or name not in self._known:
-            self._known[name] = catalogue.by_name(index, name)
-        return self._known[name]
+        found = None if fresh else self._known.get(name)
+        if found is None:
+            found = catalogue.by_name(index, name)
+            if fresh:
+                self._known = {}  # what was removed and added again has another number
+            self._known[name] = found
+        return found
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -236,7 +236,10 @@ class FeatureStore:
         if key_rows.ndim != 2 or key_rows.shape[1] != KEY_BYTES or key_rows.dtype != np.uint8:
             raise InputError(f"keys: need (n, {KEY_BYTES}) uint8, found {key_rows.shape} {key_rows.dtype}")
         replicas = np.broadcast_to(np.asarray(replica, np.int32), (len(key_rows),))
-        return self._own().lookup(self._stored(recipe_id).number, key_rows, replicas)
+        try:
+            return self._own().lookup(self._stored(recipe_id).number, key_rows, replicas)
+        except RecipeGone:  # it may have been added again since
+            return self._own().lookup(self._stored(recipe_id, fresh=True).number, key_rows, replicas)
 
     def read(self, recipe_id: str, tap: str, rows: ArrayLike) -> NDArray[Any]:
         """Features of rows, in the order asked for; a row may come several times.
@@ -268,9 +271,7 @@ class FeatureStore:
 
     def keys(self, recipe_id: str) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int32]]:
         """All rows of a recipe in the order in which they lie: row ids (n,), keys (n, 32) and replicas (n,)."""
-        found = self._own().rows_between(self._stored(recipe_id).number, 0, 2**62)
-        keys = np.frombuffer(b"".join(row[1] for row in found), np.uint8).reshape(-1, KEY_BYTES)
-        return np.array([row[0] for row in found], np.int64), keys, np.array([row[2] for row in found], np.int32)
+        return self._own().keys(self._stored(recipe_id, fresh=True).number)
 
     def appender(self, recipe_id: str) -> Appender:
         """What adds rows to a recipe: a context manager that commits the rest at its end, also on an exception.
@@ -318,8 +319,12 @@ class FeatureStore:
         records.clear_failures(self._own(), self._stored(recipe_id).number, keys)
 
     def payloads(self, paths: Sequence[str]) -> dict[str, StatRecord]:
-        """What is remembered of files that were hashed, by path; see `StatRecord.matches`."""
+        """What is remembered of files that were hashed, by path."""
         return records.load_payloads(self._own(), paths)
+
+    def payload_table(self, paths: pl.Series) -> pl.DataFrame:
+        """The same of many paths at once: a row a path that has a record, with the columns of StatRecord."""
+        return records.load_payload_table(self._own(), paths)
 
     def remember_payloads(self, payloads: Iterable[StatRecord]) -> None:
         """Remember files as hashed."""
@@ -352,7 +357,7 @@ class FeatureStore:
         """
         return bindings.load_binding(self._own(), name)
 
-    def resolve(self, binding: Binding, view: str, recipe_id: str | None = None) -> ResolvedView:
+    def resolve(self, binding: Binding, view: str, recipe_id: str | None = None, *, replica: int = 0) -> ResolvedView:
         """The cells of a view and the rows that hold their features now; kept while the generation stays the same.
 
         A cell is done where its key has a row, whatever it was when bound; one that was done and has no row is pending.
@@ -363,15 +368,17 @@ class FeatureStore:
             binding: of this store.
             view: one of its views.
             recipe_id: None for the recipe that the view was extracted with.
+            replica: which one, in a recipe that has them.
         """
         if view not in binding.recipes:
             raise InputError(f"dataset {binding.name!r} has no view {view!r}; it has {', '.join(binding.recipes)}.")
-        index, stored = self._own(), self._stored(recipe_id or binding.recipes[view])
-        generation, name = index.meta().generation, (binding.digest, view, stored.recipe.id)
+        index, chosen = self._own(), recipe_id or binding.recipes[view]
+        generation, name = index.meta().generation, (binding.digest, view, self._stored(chosen).recipe.id, replica)
         cached = self._resolved.get(name)
         if cached is None or cached[0] != generation:
+            stored = self._stored(chosen, fresh=True)
             own = stored.recipe.digest.startswith(binding.recipes[view].lower())
-            resolved = bindings.resolve_cells(index, stored.number, binding, view, own=own)
+            resolved = bindings.resolve_cells(index, stored.number, binding, view, own=own, replica=replica)
             self._resolved[name] = cached = (generation, resolved)
         return cached[1]
 

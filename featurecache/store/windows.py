@@ -50,6 +50,11 @@ class Window:
     A chunk file is the rows and four bytes of checksum. Each is mapped at the next page boundary after its predecessor,
     so the step from row to row breaks between chunks. Counted in units of gcd(page, bytes of a row), though, every row
     starts at a whole number, and one strided view, whose rows overlap, indexes them all.
+
+    A chunk file is checked when it is mapped, not again at each read: that would cost as much as the read. The store
+    itself replaces files by rename and never shortens one, so that what is mapped stays as it was, even where it is
+    deleted. Whoever truncates a chunk file by other means while it is mapped ends the readers with SIGBUS, or makes
+    them read zeros in its last page; one that was truncated before is refused.
     """
 
     def __init__(self, spec: ArraySpec, capacity: int) -> None:

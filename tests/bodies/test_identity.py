@@ -165,9 +165,29 @@ def test_each_tap_depends_on_what_runs_up_to_it():
     body.module.layer3[0].downsample[0].stride = (1, 1)
     assert digests(body, "layer2") == early
     assert digests(body).program != late.program
-    unused = unused_modules(body, taps[:1], SIZE)
+    unused = unused_modules(body, taps[0], SIZE)
     assert {"layer3", "layer4.1.conv2", "avgpool", "fc"} <= unused
     assert not {"", "conv1", "layer2", "layer2.1"} & unused
+
+
+def test_two_passes_tell_all():
+    body = load_body("torchvision/resnet18", "none", seed=0)
+    passes = []
+    body.module.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    taps = resolve_taps(body, [Tap()], SIZE)
+    identify(body, taps, SIZE)
+    assert passes == [2, 1]
+
+
+def test_tensors_of_a_timm_body_itself_count_although_its_own_forward_is_left_out():
+    body = load_body("timm/vit_tiny_patch16_224", "none", seed=0)
+    size = (224, 224)
+    (tap,) = resolve_taps(body, [Tap()], size)
+    before = identify(body, [tap], size)
+    nudge(body.module.head.weight)
+    assert identify(body, [tap], size) == before
+    nudge(body.module.cls_token)
+    assert identify(body, [tap], size)[0].weights != before[0].weights
 
 
 def test_a_classifier_whose_weight_is_used_before_counts():

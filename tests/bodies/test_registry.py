@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from featurecache.bodies import families
-from featurecache.bodies.registry import body_record, list_bodies, load_body, load_run_body
+from featurecache.bodies.names import list_bodies
+from featurecache.bodies.registry import body_record, load_body, load_run_body
 from featurecache.bodies.taps import resolve_taps
 from featurecache.config import Tap
 from featurecache.errors import DependencyError, InputError, MissingFileError, RunError
@@ -93,6 +94,19 @@ def test_timm_preprocessing_follows_its_configuration():
     assert body.classifier == "fc"
     own = body.preprocessing
     assert (own.resize, own.crop, own.interpolation, own.resize_mode) == (235, 224, "bicubic", "crop")
+
+
+def test_parameters_that_a_file_replaces_are_not_drawn():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    spec = families.Spec("file", state={})
+    with families._Undrawn():
+        nn.Conv2d(3, 4, 3)
+        nn.init.normal_(nn.Parameter(torch.empty(4)))
+    assert torch.equal(torch.get_rng_state(), before)
+    built = families._constructed(spec, None, lambda: nn.ParameterList([torch.rand(3)]))
+    torch.manual_seed(0)
+    assert torch.equal(built[0], torch.rand(3))  # what is not drawn in place is left as it is
 
 
 def test_hub_failure_says_how_to_pass_a_file(monkeypatch):

@@ -267,3 +267,25 @@ def test_images_that_do_not_fit():
     with pytest.raises(ReadError, match="400000 x 1 pixels are too elongated: resized they would be 102400000 x 256"):
         Preprocessing().apply(strip)
     assert Preprocessing(resize_mode="squash").apply(strip).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalise_is_bitwise_the_same_in_any_layout_and_leaves_its_input(dtype):
+    pixels = torch.randint(0, 256, (3, 5, 7, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    pixels = pixels if dtype == torch.uint8 else pixels / 255
+    before, preprocessing = pixels.clone(), Preprocessing()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    expected = ((before / 255 if dtype == torch.uint8 else before) - mean) / std
+    for batch in (pixels, pixels.contiguous()):
+        assert torch.equal(preprocessing.normalise(batch), expected)
+        planar = preprocessing.normalise(batch, torch.contiguous_format)
+        assert planar.is_contiguous()
+        assert torch.equal(planar, expected)
+    assert torch.equal(pixels, before)
+
+
+def test_a_batch_is_interleaved_in_memory():
+    images = [torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8) for _ in range(4)]
+    batch = stack(images)
+    assert torch.equal(batch, torch.stack(images))
+    assert batch.is_contiguous(memory_format=torch.channels_last)

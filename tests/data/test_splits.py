@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurecache.config import SplitConfig
-from featurecache.data.splits import check_leaks, make_splits, read_splits, sample_groups, write_splits
+from featurecache.data.splits import check_leaks, fold_splits, make_splits, read_splits, sample_groups, write_splits
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, MissingFileError
 
@@ -209,3 +209,40 @@ def test_written_and_read_back(tmp_path):
     path.write_text("")
     with pytest.raises(InputError, match=r"not a splits\.csv"):
         read_splits(path, ["a"])
+
+
+def test_folds_test_every_sample_once_and_tear_no_group():
+    rng = np.random.default_rng(5)
+    frame = table(600, patient=rng.integers(0, 150, 600))
+    values = rng.choice(3, 600, p=[0.7, 0.2, 0.1])
+    target = classes(values)
+    target.values[:7] = -1
+    folds = fold_splits(frame, target, SplitConfig(group="patient", seed=2), 5)
+    assert len(folds) == 5
+    tested = np.sum([fold == "test" for fold in folds], axis=0)
+    assert (tested[7:] == 1).all()
+    assert (tested[:7] == 0).all()
+    for fold in folds:
+        check_leaks(frame["sample_id"].to_list(), fold, frame["patient"].to_numpy(), None)
+        assert shares(fold[7:]) == pytest.approx([0.68, 0.12, 0.2], abs=0.02)
+        for index in range(3):
+            assert (fold[values == index] == "test").mean() == pytest.approx(0.2, abs=0.06)
+    again = fold_splits(frame, target, SplitConfig(group="patient", seed=2), 5)
+    assert all((a == b).all() for a, b in zip(folds, again, strict=True))
+
+
+def test_samples_that_share_an_image_stay_in_one_fold():
+    frame, target = table(40), classes(np.arange(40) % 2)
+    content = [["same"] if i in (3, 20, 33) else [f"k{i}"] for i in range(40)]
+    for fold in fold_splits(frame, target, SplitConfig(), 4, content=content):
+        assert len({fold[i] for i in (3, 20, 33)}) == 1
+
+
+def test_folds_that_can_not_be():
+    frame, target = table(8, fold=["train"] * 8), classes(np.arange(8) % 2)
+    with pytest.raises(InputError, match=r"m\.csv: 1 folds: at least 2 are needed"):
+        fold_splits(frame, target, SplitConfig(), 1, source="m.csv")
+    with pytest.raises(InputError, match=r"folds and a split column \('fold'\) contradict each other"):
+        fold_splits(frame, target, SplitConfig(split="fold"), 3)
+    with pytest.raises(InputError, match="9 splits need at least as many groups, but 8 samples"):
+        fold_splits(frame, target, SplitConfig(), 9)

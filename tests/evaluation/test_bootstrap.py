@@ -6,10 +6,14 @@ import pytest
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
 from featurecache.evaluation.bootstrap import (
+    Repeat,
+    Said,
     bootstrap_intervals,
     label_intervals,
     paired_differences,
     percentile_interval,
+    repeated,
+    repeated_replicates,
     replicates,
 )
 from featurecache.evaluation.metrics import compute_metrics, metric_names
@@ -158,3 +162,47 @@ def test_a_thousand_resamples_of_a_thousand_samples_take_seconds():
     start = time.process_time()
     bootstrap_intervals(target, scores, np.arange(1000) // 2)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_division_of_all_rows_draws_as_without_divisions(task):
+    target, scores = sample(task, unknown=0.0)
+    groups = np.arange(len(target)) // 3
+    metric = metric_names(task)[0]
+    once = Repeat(np.arange(len(target)), target, {"m": Said(scores, 0.4)})
+    found = repeated_replicates([once, once], groups, metric, n=40, seed=3)["m"]
+    alone = replicates(target, scores, groups, n=40, seed=3, threshold=0.4, metrics=[metric])[metric]
+    np.testing.assert_allclose(found, alone)
+    expected = compute_metrics(target, scores, threshold=0.4)[metric]
+    assert repeated([once, once], metric)["m"] == pytest.approx(expected)
+
+
+def test_repeats_of_the_same_samples_do_not_pass_for_more_data():
+    target, good = sample("binary", 400, unknown=0.1)
+    bad = np.full_like(good, 0.5)
+    rng = np.random.default_rng(0)
+    rows = [np.sort(rng.choice(400, 200, replace=False)) for _ in range(6)]
+    groups = np.arange(400)
+
+    def width(number: int) -> float:
+        repeats = [Repeat(r, target.subset(r), {"a": Said(good[r]), "b": Said(bad[r])}) for r in rows[:number]]
+        draws = repeated_replicates(repeats, groups, "roc_auc", n=300)
+        low, high = percentile_interval(draws["a"] - draws["b"])
+        return high - low
+
+    # Two models that are the same in every repeat: six repeats see at most twice the samples of one.
+    assert width(6) > 0.6 * width(1)
+
+
+def test_rows_are_told_apart_by_their_place_among_all_samples():
+    target, scores = sample("multiclass", 60, unknown=0.0)
+    halves = [np.arange(0, 30), np.arange(30, 60)]
+    repeats = [Repeat(r, target.subset(r), {"m": Said(scores[r])}) for r in halves]
+    found = repeated_replicates(repeats, np.arange(60), "accuracy", n=25, seed=1)["m"]
+    hits = (scores.argmax(axis=1) == target.values).astype(float)
+    drawn = np.random.default_rng(1).integers(0, 60, size=(25, 60))
+    expected = []
+    for row in drawn:
+        times = np.bincount(row, minlength=60)
+        expected.append(np.mean([(hits[r] * times[r]).sum() / times[r].sum() for r in halves]))
+    np.testing.assert_allclose(found, expected)

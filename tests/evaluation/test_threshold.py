@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from featurecache.data.targets import Target
+from featurecache.errors import InputError
 from featurecache.evaluation.metrics import compute_metrics
-from featurecache.evaluation.threshold import choose_threshold, youden
+from featurecache.evaluation.threshold import At, choose_threshold, youden
 
 
 def binary(y, p):
@@ -57,3 +58,39 @@ def test_tasks_without_a_threshold():
     assert choose_threshold(several, np.full((2, 3), 1 / 3)) == {"value": None, "rule": "argmax", "chosen_on": None}
     numbers = Target("regression", ("u",), (), np.zeros((2, 1)))
     assert choose_threshold(numbers, np.zeros((2, 1)))["rule"] == "none"
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("name", ["sensitivity", "specificity"])
+def test_a_wanted_figure_is_just_reached(name, wanted):
+    rng = np.random.default_rng(3)
+    y = rng.integers(0, 2, 200)
+    p = np.round(np.clip(0.3 * y + 0.7 * rng.random(200), 0, 1), 2)
+    target, scores = Target("binary", ("y",), ("n", "y"), y), np.stack([1 - p, p], axis=1)
+    found = choose_threshold(target, scores, at=At(name, wanted))
+    assert found["rule"] == f"{name}={wanted:g}"
+    reached = compute_metrics(target, scores, threshold=found["value"])[name]
+    assert reached >= wanted
+    cuts = np.unique(np.concatenate([p - 0.005, p + 0.005]))
+    other = "specificity" if name == "sensitivity" else "sensitivity"
+    best = max(
+        figures[other]
+        for cut in cuts
+        if (figures := compute_metrics(target, scores, threshold=float(cut)))[name] >= wanted
+    )
+    assert compute_metrics(target, scores, threshold=found["value"])[other] == pytest.approx(best)
+
+
+def test_a_wanted_figure_needs_its_side_and_a_yes_or_no_question():
+    scores = np.full((3, 2), 0.5)
+    none = Target("binary", ("y",), ("n", "y"), np.zeros(3, dtype=np.int64))
+    assert choose_threshold(none, scores, at=At("sensitivity", 0.9)) == {
+        "value": 0.5, "rule": "default", "chosen_on": "valid",
+    }  # fmt: skip
+    several = Target("multiclass", ("y",), ("a", "b", "c"), np.array([0, 1, 2]))
+    with pytest.raises(InputError, match="a multiclass target has no threshold"):
+        choose_threshold(several, np.full((3, 3), 1 / 3), at=At("sensitivity", 0.9))
+    for text in ("sensitivity", "sensitivity=0", "sensitivity=2", "recall=0.5", "sensitivity=x"):
+        with pytest.raises(InputError, match="give sensitivity=VALUE or specificity=VALUE"):
+            At.parse(text)
+    assert At.parse("specificity=0.9") == At("specificity", 0.9)

@@ -11,6 +11,7 @@ from featurecache.errors import FeatureCacheError, InputError, RunError
 from featurecache.features import ArrayFeatures, Block
 from featurecache.fusion import Concat
 from featurecache.heads.base import Fold, load_head
+from featurecache.heads.contract import ChunkedFeatures
 from featurecache.heads.fc import (
     FCHead,
     FCModule,
@@ -21,8 +22,9 @@ from featurecache.heads.fc import (
     hide_views,
     one_cycle,
 )
-from featurecache.heads.losses import HeadLoss, target_tensor
-from featurecache.heads.rows import FeatureRows, TensorRows, open_rows
+from featurecache.heads.fcmodule import MapPool, mix_rows
+from featurecache.heads.losses import HeadLoss, positive_weights, target_tensor
+from featurecache.heads.rows import FeatureRows, StreamRows, TensorRows, open_rows
 
 BLOCKS = (Block("front", "a", 0, 4, (4,)), Block("side", "a", 4, 10, (6,)))
 CPU = torch.device("cpu")
@@ -224,23 +226,147 @@ def test_patience_is_counted_from_the_end_of_the_warm_up(monkeypatch):
     assert stops({"patience": 2, "epochs": 5}, range(5)) == (4, 1)
 
 
-def test_rows_from_ram_and_by_batch_train_the_same_head(problem, fast):
+def test_every_way_to_read_trains_the_same_head(problem, fast):
     data = problem("multilabel", missing=0.3)
-    half = ArrayFeatures(data.x.astype(np.float16), data.features.blocks)
-    size = 4 * data.x[:140].size
+    size = data.x[:190].nbytes
+
+    class Mapped(ArrayFeatures):
+        in_ram = False
+
+    chunked = ChunkedFeatures(data.x, data.features.blocks)
     kinds, scores = [], []
-    for memory in (size, size // 2, 0):
-        train, valid = Fold(half, data.train.rows, data.train.target), Fold(half, data.valid.rows, data.valid.target)
+    for features, memory in (
+        (data.features, None),
+        (Mapped(data.x, data.features.blocks), size),
+        (Mapped(data.x, data.features.blocks), 0),
+        (chunked, size),
+        (chunked, 0),
+    ):
+        train, valid = data.fold(0, 140, features), data.fold(140, 190, features)
         rows = open_rows(train, CPU, memory)
-        kinds.append((type(rows), rows._x.dtype if isinstance(rows, TensorRows) else None))
+        kinds.append(type(rows))
         assert rows.missing
         assert len(rows) == 140
         scores.append(FCHead(fast["fc"], memory=memory).fit(train, valid).scores(data.x))
-    assert kinds == [(TensorRows, torch.float32), (TensorRows, torch.float16), (FeatureRows, None)]
-    assert np.array_equal(scores[0], scores[1])
-    assert np.array_equal(scores[0], scores[2])
-    # What float16 can't hold is read by batch.
-    assert isinstance(open_rows(data.train, CPU, size // 2), FeatureRows)
+        assert np.array_equal(scores[0], scores[-1])
+    assert kinds == [FeatureRows, TensorRows, FeatureRows, TensorRows, StreamRows]
+
+
+def test_streamed_rows_come_once_an_epoch_with_their_targets(problem):
+    data = problem("regression", labels=1)
+    features = ChunkedFeatures(data.x, data.features.blocks, most=128, buffer_rows=70)
+    rows = StreamRows(Fold(features, np.arange(3, 240), data.target.subset(np.arange(3, 240))), CPU)
+    bounds = batch_bounds(237, 32)
+
+    def epoch(seed):
+        batches = list(rows.epoch(bounds, torch.Generator().manual_seed(seed)))
+        assert [len(x) for x, _ in batches] == [stop - start for start, stop in bounds]
+        return torch.cat([x for x, _ in batches]).numpy(), torch.cat([y for _, y in batches]).numpy()
+
+    x, y = epoch(0)
+    order = np.array([np.flatnonzero((data.x == row).all(axis=1))[0] for row in x])
+    assert np.array_equal(np.sort(order), np.arange(3, 240))
+    np.testing.assert_array_equal(y, data.target.values[order])
+    assert max(features.sizes) <= 70 + 32
+    assert np.array_equal(epoch(0)[0], x)
+    assert not np.array_equal(epoch(1)[0], x)
+
+
+def test_float16_features_stay_so_in_ram(problem):
+    data = problem("binary")
+    half = ChunkedFeatures(data.x.astype(np.float16), data.features.blocks)
+    rows = open_rows(data.fold(0, 140, half), CPU, 2 * 140 * 14)
+    assert isinstance(rows, TensorRows)
+    assert rows.nbytes == 2 * 140 * 14
+    x, _ = next(rows.in_order())
+    assert x.dtype == torch.float32
+    np.testing.assert_array_equal(x, half.x[:140])
+    assert isinstance(open_rows(data.fold(0, 140, half), CPU, 2 * 140 * 14 - 1), StreamRows)
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_weights_of_positives(problem, fast, task):
+    data = problem(task, n=400)
+    plain = FCHead(fast["fc"]).fit(data.train, data.valid).scores(data.x)
+    heavy = FCHead(fast["fc"] | {"pos_weight": 20}).fit(data.train, data.valid).scores(data.x)
+    column = 1 if task == "binary" else slice(None)
+    assert heavy[:, column].mean() > plain[:, column].mean() + 0.1
+
+
+def test_pos_weight_is_that_of_torch(problem):
+    data = problem("multilabel", unknown=0.2)
+    values = torch.as_tensor(data.target.values)
+    outputs = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor([3.0, 1.0, 1.0])
+    known = ~values.isnan()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        outputs, values.nan_to_num(), pos_weight=weight, reduction="none"
+    )[known].sum()
+    found, _ = HeadLoss(data.target, pos_weight={"y0": 3.0}).sums(outputs, values)
+    torch.testing.assert_close(found, expected)
+    counts = [(data.target.values == side).sum(axis=0) for side in (0, 1)]
+    np.testing.assert_allclose(positive_weights(data.target, "balanced")[:, 1], counts[0] / counts[1])
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("multiclass", {"pos_weight": 2.0}, "pos_weight: a multiclass target has no positives; use class_weight"),
+        ("multilabel", {"pos_weight": {"y9": 2}}, "pos_weight: no label 'y9'. There are: y0, y1, y2"),
+        ("multilabel", {"pos_weight": {"y0": -2}}, "pos_weight: 'y0'=-2.0: must be positive"),
+    ],
+)
+def test_pos_weight_that_does_not_fit(problem, task, settings, message):
+    with pytest.raises(InputError, match=message):
+        FCHead(settings).fit(problem(task).train)
+
+
+def test_two_kinds_of_weights_at_once_are_refused():
+    with pytest.raises(InputError, match="class_weight and pos_weight weigh the same rows twice"):
+        FCHead({"pos_weight": 2, "class_weight": "balanced"})
+
+
+def test_mixup_mixes_rows_and_their_losses(problem, fast):
+    x = torch.arange(24.0).reshape(8, 3)
+    x[0, 1:] = torch.nan
+    mixed, partner, own = mix_rows(x, 0.4, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    assert 0 < own < 1
+    blend = own * x + (1 - own) * x[partner]
+    whole = ~blend.isnan()
+    torch.testing.assert_close(mixed[whole], blend[whole])
+    assert mixed[0, 1:].isnan().all()  # what is missing stays so
+    other = int((partner == 0).nonzero()[0, 0])
+    if other:  # what the partner lacks is the row's own
+        torch.testing.assert_close(mixed[other, 1:], x[other, 1:])
+    for task in ("multiclass", "multilabel", "regression"):
+        data = problem(task, missing=0.2, unknown=0.1)
+        first, second, plain = (
+            FCHead(fast["fc"] | {"mixup": alpha}).fit(data.train, data.valid) for alpha in (0.4, 0.4, 0)
+        )
+        assert first.history_ == second.history_
+        assert first.history_[-1]["train_loss"] > plain.history_[-1]["train_loss"]
+
+
+def test_maps_are_pooled_before_the_first_layer(problem, fast, tmp_path):
+    rng = np.random.default_rng(0)
+    blocks = (Block("front", "map", 0, 24, (4, 3, 2)), Block("side", "deep", 24, 29, (5,)))
+    x = rng.normal(size=(200, 29)).astype(np.float32)
+    x[::9, :24] = np.nan
+    pool = MapPool(blocks, "avgmax")
+    assert [(b.start, b.stop, b.shape) for b in pool.blocks] == [(0, 8, (8,)), (8, 13, (5,))]
+    maps = x[1:5, :24].reshape(4, 4, 6)
+    expected = np.hstack([maps.max(axis=2), maps.mean(axis=2), x[1:5, 24:]])
+    np.testing.assert_allclose(pool(torch.from_numpy(x[1:5])), expected, rtol=1e-5, atol=1e-6)
+    assert pool(torch.from_numpy(x[:1]))[0, :8].isnan().all()
+    features, rows = ArrayFeatures(x, blocks), np.arange(150)
+    peaks = np.nan_to_num(x[:, :24]).reshape(200, 4, 6).max(axis=2)[:, 0]
+    target = Target("binary", ("y",), ("no", "yes"), (peaks > np.median(peaks)).astype(np.int64))
+    for name, n_in in (("none", 29), ("avg", 9), ("max", 9), ("avgmax", 13)):
+        head = FCHead(fast["fc"] | {"pool": name, "view_dropout": 0.2}).fit(Fold(features, rows, target.subset(rows)))
+        assert head.module.norm.num_features == n_in
+        assert np.isfinite(head.scores(x)).all()
+        head.save(tmp_path / name)
+        assert np.array_equal(load_head(tmp_path / name).scores(x), head.scores(x))
 
 
 def test_label_smoothing_changes_training_only(problem, fast):

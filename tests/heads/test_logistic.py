@@ -6,9 +6,12 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from featurecache import features as features_module
 from featurecache.errors import InputError, RunError
 from featurecache.features import ArrayFeatures
 from featurecache.heads.base import Fold, load_head
+from featurecache.heads.lbfgs import minimise_together
+from featurecache.heads.linear_stream import Streamed
 from featurecache.heads.logistic import GRID, LogisticHead, standardiser
 
 
@@ -17,12 +20,23 @@ def reference(x, y, *, c=1.0, class_weight=None):
     return make_pipeline(StandardScaler(), model).fit(x.astype(np.float64), y)
 
 
+in_ram_and_streamed = pytest.mark.parametrize("memory", [None, 0])
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch):
+    monkeypatch.setattr(features_module, "MOST_ROWS", 33)
+
+
+@in_ram_and_streamed
 @pytest.mark.parametrize("class_weight", [None, "balanced"])
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
-def test_is_the_optimum_of_scikit_learn(problem, task, c, class_weight):
+def test_is_the_optimum_of_scikit_learn(problem, task, c, class_weight, memory):
     data = problem(task, unknown=0.2)
-    head = LogisticHead({"C": c, "class_weight": class_weight}).fit(data.train)
+    head = LogisticHead({"C": c, "class_weight": class_weight}, memory=memory).fit(data.train)
+    assert head.fitted_["streamed"] == (memory == 0)
+    assert head.fitted_["converged"]
     known = data.train.target.values >= 0
     x, y = data.x[:140][known], data.train.target.values[known]
     expected = reference(x, y, c=c, class_weight=class_weight)
@@ -43,9 +57,10 @@ def test_is_the_optimum_of_scikit_learn(problem, task, c, class_weight):
     assert ours == pytest.approx(objective(model.coef_, model.intercept_), rel=1e-6)
 
 
-def test_multilabel_is_one_per_label_on_its_known_rows(problem):
+@in_ram_and_streamed
+def test_multilabel_is_one_per_label_on_its_known_rows(problem, memory):
     data = problem("multilabel", unknown=0.3)
-    head = LogisticHead().fit(data.train)
+    head = LogisticHead(memory=memory).fit(data.train)
     scale = StandardScaler().fit(data.x[:140][data.train.target.known].astype(np.float64))
     for label in range(3):
         y = data.train.target.values[:, label]
@@ -55,9 +70,13 @@ def test_multilabel_is_one_per_label_on_its_known_rows(problem):
         np.testing.assert_allclose(head.scores(data.x)[:, label], expected, atol=1e-3)
 
 
-def test_regression_is_ridge(problem):
+@pytest.mark.parametrize("largest", [1 << 30, 0])
+@in_ram_and_streamed
+def test_regression_is_ridge(problem, monkeypatch, memory, largest):
+    monkeypatch.setattr(Streamed.__init__, "__defaults__", (largest,))
     data = problem("regression", unknown=0.2)
-    head = LogisticHead({"C": 0.1}).fit(data.train)
+    head = LogisticHead({"C": 0.1}, memory=memory).fit(data.train)
+    assert head.fitted_.get("passes", 0) == (0 if memory is None else 3) or not largest
     scale = StandardScaler().fit(data.x[:140][data.train.target.known].astype(np.float64))
     for i in range(3):
         y = data.train.target.values[:, i]
@@ -67,8 +86,69 @@ def test_regression_is_ridge(problem):
         np.testing.assert_allclose(head.predict(data.x)[:, i], expected, rtol=1e-5)
 
 
-def test_standardiser_is_that_of_scikit_learn_over_present_rows(problem, monkeypatch):
-    monkeypatch.setattr(Fold.chunks, "__defaults__", (32,))
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel", "regression"])
+def test_streamed_equals_in_ram_with_missing_views_and_a_chosen_c(problem, task):
+    data = problem(task, missing=0.4, unknown=0.2)
+    in_ram, streamed = (
+        LogisticHead({"C": "auto", "tol": 1e-9, "class_weight": None if task == "regression" else "balanced"},
+                     memory=memory).fit(data.train, data.valid)
+        for memory in (None, 0)
+    )  # fmt: skip
+    assert streamed.fitted_["streamed"]
+    assert streamed.fitted_["C"] == in_ram.fitted_["C"]
+    np.testing.assert_allclose(streamed.scores(data.x), in_ram.scores(data.x), rtol=1e-5, atol=1e-5)
+    for mine, other in zip(streamed.history_, in_ram.history_, strict=True):
+        assert mine["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-5)
+
+
+def test_streamed_holds_no_more_than_a_chunk(problem):
+    data, sizes = problem("multilabel", unknown=0.2), []
+
+    class Watched(ArrayFeatures):
+        def __getitem__(self, rows):
+            sizes.append(len(rows))
+            return super().__getitem__(rows)
+
+    features = Watched(data.x, data.features.blocks)
+    head = LogisticHead(memory=0).fit(Fold(features, data.train.rows, data.train.target))
+    assert max(sizes) == 33
+    passes = -(-int(data.train.target.known.sum()) // 33)
+    assert len(sizes) == passes * (head.fitted_["passes"] + 2)  # all labels in one pass; standardiser and loss besides
+
+
+def test_importance_is_of_the_standardised_columns(problem):
+    head = LogisticHead().fit(problem("binary", missing=0.5).train)
+    assert np.array_equal(head.importance(), np.abs(head.arrays["coef"][0, :14]))
+
+
+def test_searches_side_by_side_find_each_minimum():
+    """Rosenbrock's valley and bowls of very different curvature, from far away."""
+    curvature = np.array([1e-3, 1.0, 1e3])
+
+    def evaluate(numbers, points):
+        asked.append(list(numbers))
+        values, gradients = [], []
+        for number, (a, b, c) in zip(numbers, points, strict=True):
+            if number:
+                values.append((curvature * number * (np.array([a, b, c]) - number) ** 2).sum() / 2)
+                gradients.append(curvature * number * (np.array([a, b, c]) - number))
+            else:
+                values.append((1 - a) ** 2 + 100 * (b - a**2) ** 2 + c**2)
+                gradients.append([-2 * (1 - a) - 400 * a * (b - a**2), 200 * (b - a**2), 2 * c])
+        return np.array(values), np.array(gradients)
+
+    asked = []
+    found, passes = minimise_together(evaluate, [np.array([-3.0, 5.0, 9.0])] * 3, tol=1e-9, max_iter=500)
+    assert all(minimum.converged for minimum in found)
+    np.testing.assert_allclose([minimum.x for minimum in found], [[1, 1, 0], [1, 1, 1], [2, 2, 2]], atol=1e-5)
+    assert passes == len(asked)
+    assert asked[0] == [0, 1, 2]
+    assert asked[-1] == [0]  # the others were done
+    stopped, _ = minimise_together(evaluate, [np.array([-3.0, 5.0, 9.0])], tol=1e-9, max_iter=3)
+    assert (stopped[0].iterations, stopped[0].converged) == (3, False)
+
+
+def test_standardiser_is_that_of_scikit_learn_over_present_rows(problem):
     data = problem("binary", missing=0.6)
     x = data.x
     x[:, 2] = 3.25
@@ -113,9 +193,10 @@ def test_c_is_chosen_on_validation(problem, task):
         LogisticHead({"C": "auto"}).fit(data.train)
 
 
-def test_not_converged_is_recorded(problem):
+@in_ram_and_streamed
+def test_not_converged_is_recorded(problem, memory):
     data = problem("multiclass")
-    head = LogisticHead({"max_iter": 2}).fit(data.train)
+    head = LogisticHead({"max_iter": 2}, memory=memory).fit(data.train)
     assert head.history_[0]["converged"] is False
     assert head.fitted_["iterations"] == 2
     assert LogisticHead().fit(data.train).fitted_["converged"] is True

@@ -6,10 +6,11 @@ import pytest
 import torch
 import xgboost as xgb
 
+from featurecache import features as features_module
 from featurecache.errors import InputError, RunError
 from featurecache.features import ArrayFeatures, Block, feature_names
-from featurecache.heads import xgboost as module
 from featurecache.heads.base import Fold, load_head
+from featurecache.heads.importance import importance_record
 from featurecache.heads.xgboost import XGBoostHead, column_names
 
 PARAMETERS = {"max_depth": 3, "max_bin": 32, "nthread": 1, "learning_rate": 0.3}
@@ -35,7 +36,7 @@ FEATURES = feature_names(
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 @pytest.mark.parametrize("class_weight", [None, "balanced"])
 def test_trees_from_chunks_are_those_of_bare_xgboost(problem, monkeypatch, task, class_weight):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 33 * 14 * 4)  # 140 rows in chunks of 33
+    monkeypatch.setattr(features_module, "MOST_ROWS", 33)  # 140 rows in chunks of 33
     data = problem(task, missing=0.3)
     head = XGBoostHead(SETTINGS | {"class_weight": class_weight}).fit(data.train)
     y = data.train.target.values
@@ -117,7 +118,7 @@ def test_early_stopping_predicts_with_the_best_round(problem, tmp_path, task):
 
 
 def test_never_more_than_a_chunk_is_read(problem, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 20 * 14 * 4)
+    monkeypatch.setattr(features_module, "MOST_ROWS", 20)
     data, sizes = problem("binary"), []
 
     class Watched(ArrayFeatures):
@@ -130,6 +131,39 @@ def test_never_more_than_a_chunk_is_read(problem, monkeypatch):
     head = XGBoostHead(SETTINGS).fit(train, Fold(features, data.valid.rows, data.valid.target))
     assert max(sizes) == 20
     assert np.array_equal(head.scores(data.x), XGBoostHead(SETTINGS).fit(data.train, data.valid).scores(data.x))
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_external_memory_gives_the_same_trees_and_leaves_nothing(problem, monkeypatch, tmp_path, task):
+    monkeypatch.setattr(features_module, "MOST_ROWS", 40)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    seen = []
+    data = problem(task, missing=0.3, unknown=0.2)
+    in_ram = XGBoostHead(SETTINGS).fit(data.train, data.valid)
+    head = XGBoostHead(SETTINGS, memory=0)
+    head.fit(data.train, data.valid, progress=lambda row: seen.append([p.name for p in tmp_path.rglob("*.page")]))
+    assert (in_ram.fitted_["external_memory"], head.fitted_["external_memory"]) == (False, True)
+    assert any(name.startswith("train") for name in seen[0])
+    assert trees(head.booster) == trees(in_ram.booster)
+    assert np.array_equal(head.scores(data.x), in_ram.scores(data.x))
+    assert not list(tmp_path.iterdir())
+
+
+def test_importance_is_the_gain_of_each_column(problem):
+    data = problem("binary", missing=0.2)
+    head = XGBoostHead(SETTINGS).fit(data.train)
+    record, gain = importance_record(head), head.importance()
+    assert gain.sum() == pytest.approx(sum(split["gain"] for tree in trees(head.booster) for split in splits(tree)))
+    assert record["views"] == pytest.approx({"front": gain[:9].sum() / gain.sum(), "side": gain[9:].sum() / gain.sum()})
+    assert record["taps"][0]["share"] == pytest.approx(gain[:6].sum() / gain.sum())
+    assert record["features"][0] == {"name": FEATURES[gain.argmax()], "value": gain.max()}
+    assert record["kind"] == "total gain of the splits on the feature"
+    json.dumps(record)
+
+
+def splits(node):
+    """The inner nodes of a tree."""
+    return [] if "leaf" in node else [node, *(split for child in node["children"] for split in splits(child))]
 
 
 def test_features_are_named_by_view_tap_and_index(problem):

@@ -94,8 +94,9 @@ def test_tuned_bodies_go_back_into_stage_one(folder, tmp_path):
         ExtractConfig.create(
             {
                 "manifest": folder / "samples.csv", "views": {"a": "a", "b": "b"}, "body": f"run:{run.path}",
-                "store": folder / "store", "name": "tuned", "precision": "fp32", "store_dtype": "float32",
-                "device": "cpu", "tap": ["features.5:avg", "penultimate"], "trust_factory": TRUST,
+                "store": folder / "store", "name": "tuned", "engine": "torch", "precision": "fp32",
+                "store_dtype": "float32", "device": "cpu", "tap": ["features.5:avg", "penultimate"],
+                "trust_factory": TRUST,
             }
         )
     )  # fmt: skip

@@ -57,7 +57,8 @@ def settle() -> None:
 
 def config(manifest: Path, store: Path, **options: Any) -> ExtractConfig:
     views = {} if manifest.is_dir() else {"views": {"image": "image"}}
-    base = {"manifest": manifest, "store": store, **views, "body": BODY, "precision": "fp32", "store_dtype": "float32"}
+    numbers = {"engine": "torch", "precision": "fp32", "store_dtype": "float32"}  # as the live forward pass has them
+    base = {"manifest": manifest, "store": store, **views, "body": BODY, **numbers}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     return ExtractConfig.create({**base, **plain})
 

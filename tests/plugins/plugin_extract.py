@@ -34,6 +34,14 @@ class NoWhite(Steady):
         return super().forward(torch.where(white[:, None, None, None], float("nan"), x))
 
 
+class ZeroOrNan(Steady):
+    """NaN for an image that is all white, zeros for all others."""
+
+    def forward(self, x):
+        white = (x > 1.99).flatten(1).all(1)
+        return torch.where(white[:, None], float("nan"), super().forward(x) * 0)
+
+
 class Breaks(Steady):
     """Fails on batches of more than two: the trial passes do not show it."""
 
@@ -66,6 +74,10 @@ def slow():
 
 def no_white():
     return seeded(NoWhite)
+
+
+def zero_or_nan():
+    return seeded(ZeroOrNan)
 
 
 def breaks():

@@ -148,6 +148,7 @@ def write_store(
     state: dict[str, str] | None = None,
     rows: list[dict[str, Any]] | None = None,
     replace: dict[str, Any] | None = None,
+    codec: str = "none",
     **fields: Any,
 ) -> Path:
     """A store with the dataset `m` of two views, whose image files don't exist; returns its path.
@@ -160,6 +161,7 @@ def write_store(
         state: image name -> `failed` or `pending`; such have no features.
         rows: of the manifest, default `samples(n)`.
         replace: options of the manifest.
+        codec: of the chunks.
         fields: of the recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,7 @@ def write_store(
     keys = [None if value is None or state.get(value) == "pending" else key_of(value) for value in cells["value"]]
     with FeatureStore(folder / "store", write=True) as store:
         shapes = {tap: ((WIDTH,), ("features",)) for tap in taps}
-        store.add_recipe(made, shapes, rows_per_chunk=16)
+        store.add_recipe(made, shapes, rows_per_chunk=16, codec=codec)
         found = zip(keys, cells["value"], cells["view"], states, strict=True)
         done = list({key: (key, value, view) for key, value, view, now in found if now == "done"}.values())
         values = np.stack([features_of(int("".join(filter(str.isdigit, value))), view) for _, value, view in done])

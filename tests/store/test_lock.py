@@ -93,6 +93,6 @@ def test_file_systems(tmp_path):
 
 
 def test_a_network_file_system_gets_a_warning(filled, monkeypatch):
-    monkeypatch.setattr("featurecache.store.store.file_system", lambda path: "nfs4")
+    monkeypatch.setattr("featurecache.store.opening.file_system", lambda path: "nfs4")
     with pytest.warns(UserWarning, match=r"is on a network file system \(nfs4\), where locks may not exclude"):
         FeatureStore(filled.path, write=True).close()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import store_kit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore
 
 TAP = "penultimate@none"
+PLUGINS = Path(store_kit.__file__).parent
 
 
 def snapshot(path: Path) -> dict[str, tuple[int, int]]:
@@ -470,11 +472,11 @@ def test_a_read_only_directory(tmp_path_factory, kit, log, request):
     if log:  # as a killed writer leaves it: the last commits are in the log only
         script = (
             "import os, sys; sys.path.insert(0, sys.argv[2])\n"
-            "from conftest import *; from featurecache.store.store import *\n"
+            "from store_kit import *; from featurecache.store.store import *\n"
             "s = FeatureStore(sys.argv[1], write=True); a = s.appender(make_recipe().id)\n"
             "a.append(make_keys(range(40, 60)), make_features(range(40, 60))); os._exit(0)"
         )
-        subprocess.run([sys.executable, "-c", script, str(filled.path), str(Path(__file__).parent)], check=True)
+        subprocess.run([sys.executable, "-c", script, str(filled.path), str(PLUGINS)], check=True)
         assert (filled.path / "index.sqlite-wal").stat().st_size > 0
         (filled.path / "index.sqlite-shm").unlink()
     root.chmod(0o755)
@@ -567,7 +569,7 @@ def test_a_writer_looks_up_while_another_thread_appends(tmp_path, kit):
 
 WRITER = """
 import sys; sys.path.insert(0, sys.argv[2])
-from conftest import *
+from store_kit import *
 with FeatureStore(sys.argv[1], write=True) as store, store.appender(make_recipe().id) as appender:
     for n in range(40, 130, 3):
         appender.append(make_keys(range(n, n + 3)), make_features(range(n, n + 3)))
@@ -576,7 +578,7 @@ with FeatureStore(sys.argv[1], write=True) as store, store.appender(make_recipe(
 
 
 def test_a_reader_sees_whole_commits_while_another_process_writes(filled, kit):
-    arguments = [sys.executable, "-c", WRITER, str(filled.path), str(Path(__file__).parent)]
+    arguments = [sys.executable, "-c", WRITER, str(filled.path), str(PLUGINS)]
     writer = subprocess.Popen(arguments)
     store, seen = FeatureStore(filled.path), 40
     while writer.poll() is None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch import device as Device
 
 Features = list[NDArray[np.float32]]
 
@@ -18,12 +19,17 @@ class Engine(Protocol):
     """`torch` or `openvino`; part of the recipe."""
     precision: str
     """`fp32`, `bf16` or `fp16`: what the numbers are computed in; part of the recipe."""
+    device: Device
+    """Where it runs."""
+    in_flight: int
+    """Batches that are computed at a time; one more may wait, so that none is waited for."""
 
     def submit(self, batch: Tensor) -> Any:
         """Start on a batch.
 
         Args:
-            batch: (n, channels, height, width) uint8, or float32 in 0..1, not normalised, on the CPU.
+            batch: (n, channels, height, width) uint8, or float32 in 0..1, not normalised, on the CPU; not to be changed
+                until it is collected.
 
         Returns:
             A handle for `collect`; several may be in flight.

@@ -56,6 +56,7 @@ class TorchEngine:
         self.layout = torch.contiguous_format if precision == "fp32" else torch.channels_last
         self.tapped = self._prepare(tapped).to(device)
         self.streams = _streams(device)
+        self.in_flight = 2 if self.streams else 1
 
     def _prepare(self, tapped: Tapped) -> Tapped:
         if self.precision == "fp32":
@@ -87,7 +88,7 @@ class TorchEngine:
         return _Flight(self._run(batch.to(self.device)))
 
     def _run(self, batch: Tensor) -> tuple[Tensor, ...]:
-        x = self.preprocessing.normalise(batch).to(dtype=self.dtype, memory_format=self.layout)
+        x = self.preprocessing.normalise(batch, self.layout).to(dtype=self.dtype, memory_format=self.layout)
         try:
             with _full_fp32() if self.device.type == "cuda" and self.precision == "fp32" else nullcontext():
                 outputs: tuple[Tensor, ...] = self.tapped(x)

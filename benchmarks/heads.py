@@ -1,0 +1,182 @@
+"""Heads against the bare libraries on arrays in RAM: epochs of fc, time and memory of xgboost, logistic's optimum.
+
+Makes a store of made-up features in a folder (kept for the next time) and prints JSON. Each fit of xgboost runs in a
+process of its own, whose peak is taken without what was resident before.
+
+    python benchmarks/heads.py --folder /tmp/features
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from feature_stores import make_store, open_dataset
+from torch import nn
+
+from featurecache.features import ArrayFeatures
+from featurecache.heads.base import Fold, get_head
+from featurecache.heads.fc import FCHead
+
+EPOCHS, BATCH = 4, 512
+
+
+def fc(path: Path) -> dict[str, float]:
+    """Seconds of an epoch, the fastest of some, beside the same layers trained by a bare loop over tensors in RAM."""
+    dataset = open_dataset(path)
+    x, y = (np.asarray(part) for part in dataset.numpy())
+    head = FCHead({"epochs": EPOCHS, "batch_size": BATCH, "class_weight": None})
+    tensor, labels = torch.from_numpy(x), torch.from_numpy(y)
+    d = x.shape[1]
+    module = nn.Sequential(
+        nn.BatchNorm1d(d), nn.Dropout(0.25), nn.Linear(d, 512), nn.ReLU(), nn.BatchNorm1d(512), nn.Dropout(0.5),
+        nn.Linear(512, 2),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(module.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
+    loss = nn.CrossEntropyLoss()
+    bare, ours = [], []
+    stamps = [0.0]
+
+    def epoch_of_bare() -> None:
+        order = torch.randperm(len(tensor))
+        for start in range(0, len(tensor), BATCH):
+            index = order[start : start + BATCH]
+            value = loss(module(tensor[index]), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+
+    def told(row: dict[str, object]) -> None:
+        stamps.append(time.perf_counter())
+        # One epoch of each in turn, so that both meet the machine in the same state.
+        epoch_of_bare()
+        bare.append(time.perf_counter() - stamps[-1])
+        stamps.append(time.perf_counter())
+
+    features = ArrayFeatures(x, dataset.blocks)
+    for some in (features, dataset.features):
+        fold = Fold(some, np.arange(len(y)), dataset.target)
+        stamps[:] = [time.perf_counter()]
+        head.fit(fold, progress=told)
+        ours.append(min(stop - start for start, stop in zip(stamps[0::2], stamps[1::2], strict=False)))
+    return {
+        "seconds_epoch_bare": min(bare),
+        "seconds_epoch_fc": ours[0],
+        "ratio_fc_epoch": ours[0] / min(bare),
+        "ratio_fc_epoch_from_store": ours[1] / min(bare),
+    }
+
+
+XGBOOST = """
+import hashlib, json, sys, time
+sys.path.insert(0, {folder!r})
+from pathlib import Path
+import numpy as np
+import xgboost as xgb
+from feature_stores import open_dataset
+from featurecache.heads.base import Fold, get_head
+from featurecache.heads.xgboost import XGBoostHead, column_names
+
+def resident(field):
+    lines = open("/proc/self/status", encoding="ascii").read().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+settings = {{"n_estimators": {rounds}, "max_bin": {max_bin}, "early_stopping_rounds": None, "nthread": 2}}
+dataset = open_dataset(Path({path!r}), memory={memory!r})
+y, names = dataset.target.values, column_names(dataset.blocks)
+everything = np.arange(len(y))
+for start in range(0, len(y), 4096):
+    dataset.features.gather(everything[start : start + 4096])  # the page cache is warm for both
+peak = [0]
+import threading
+def watch():
+    while not done.wait(0.02):
+        peak[0] = max(peak[0], resident("RssAnon:"))
+done = threading.Event()
+before = resident("RssAnon:")
+threading.Thread(target=watch, daemon=True).start()
+if {bare}:
+    x, _ = dataset.numpy()
+    start = time.perf_counter()
+    matrix = xgb.QuantileDMatrix(x, y, max_bin={max_bin}, feature_names=names)
+    parameters = XGBoostHead(settings).settings.parameters(0, "cpu") | {{"objective": "binary:logistic"}}
+    booster = xgb.train(parameters, matrix, {rounds}, evals=[(matrix, "train")], verbose_eval=False)
+else:
+    start = time.perf_counter()
+    fold = Fold(dataset.features, everything, dataset.target)
+    booster = XGBoostHead(settings, memory=dataset.memory).fit(fold).booster
+seconds = time.perf_counter() - start
+done.set()
+trees = hashlib.sha256("".join(booster.get_dump(with_stats=True)).encode()).hexdigest()
+print(json.dumps([seconds, peak[0] - before, trees]))
+"""
+
+
+def xgboost(path: Path, rounds: int, max_bin: int) -> dict[str, float]:
+    """Time and peak memory of the head beside those of bare xgboost on a float32 array, and external memory."""
+    found = {}
+    for name, bare, memory in (("bare", True, "auto"), ("head", False, "auto"), ("external", False, 100_000_000)):
+        code = XGBOOST.format(
+            folder=str(Path(__file__).parent), path=str(path), rounds=rounds, max_bin=max_bin, bare=bare, memory=memory
+        )
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        found[name] = json.loads(done.stdout)
+    bare, head, external = found["bare"], found["head"], found["external"]
+    return {
+        "seconds_xgboost_bare": bare[0],
+        "ratio_xgboost_time": head[0] / bare[0],
+        "bytes_peak_xgboost_bare": bare[1],
+        "ratio_xgboost_memory": head[1] / bare[1],
+        "ratio_xgboost_time_external": external[0] / bare[0],
+        "bytes_peak_xgboost_external": external[1],
+        "xgboost_same_trees": head[2] == bare[2],
+        "xgboost_same_trees_external": external[2] == bare[2],
+    }
+
+
+def logistic(path: Path, rows: int) -> dict[str, float]:
+    """How far the streamed fit ends from scikit-learn's, and how long both take."""
+    dataset = open_dataset(path)
+    fold = Fold(dataset.features, np.arange(rows), dataset.target.subset(np.arange(rows)))
+    heads, seconds = [], []
+    for memory in (None, 0):
+        start = time.perf_counter()
+        heads.append(get_head("logistic")({"tol": 1e-8}, memory=memory).fit(fold))
+        seconds.append(time.perf_counter() - start)
+    scores = [head.score_rows(dataset.features, fold.rows) for head in heads]
+    return {
+        "logistic_largest_difference_of_probabilities": float(np.abs(scores[0] - scores[1]).max()),
+        "ratio_logistic_streamed_time": seconds[1] / seconds[0],
+        "logistic_passes": heads[1].fitted_["passes"],
+    }
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=100_000)
+    parser.add_argument("--width", type=int, default=1024, help="of each of the two views")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--max-bin", type=int, default=256)
+    parser.add_argument("--only", choices=["fc", "xgboost", "logistic"])
+    options = parser.parse_args()
+    path = make_store(options.folder, options.samples, options.width)
+    found: dict[str, float] = {}
+    if options.only in (None, "fc"):
+        found |= fc(path)
+    if options.only in (None, "xgboost"):
+        found |= xgboost(path, options.rounds, options.max_bin)
+    if options.only in (None, "logistic"):
+        found |= logistic(path, min(options.samples, 10_000))
+    print(json.dumps({name: round(value, 4) for name, value in found.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""`featurecache rm`, `prune`, `forget` and `compact`: what takes things out of a store, or puts it in order."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, human_bytes
+from featurecache.cli.progress import reporter
+from featurecache.errors import InputError
+
+if TYPE_CHECKING:
+    from featurecache.dropping import Removal
+
+RM_EPILOG = "Example: featurecache rm cache 3f1c --dry-run"
+PRUNE_EPILOG = "Example: featurecache prune cache --dry-run"
+FORGET_EPILOG = "Example: featurecache forget cache --id patient-17 --id patient-23"
+COMPACT_EPILOG = "Example: featurecache compact cache --out cache2 --order manifest"
+
+Store = Annotated[Path, typer.Argument(help="A store.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be dropped; change nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask. Needed where there is no terminal.")]
+
+
+def rm(
+    store: Store,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|DATASET...",
+            help="Recipes by four or more digits of their digest, datasets by their name; where that may be both, "
+            "recipe:DIGITS or dataset:NAME.",
+        ),
+    ],
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Drop recipes with their features, or datasets. Lists rows and bytes first.
+
+    A recipe loses all its rows and failures. Where a dataset still names it, that dataset's images become pending: the
+    next extract computes them again. A dataset loses its table and labels; its rows stay until prune finds that no
+    other dataset names them.
+    """
+    with command("rm", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.maintenance import plan_rm
+        from featurecache.store.store import FeatureStore
+
+        with FeatureStore.create_or_open(store, write=False) as opened:
+            plan = plan_rm(opened, names)
+        _go(plan, output, dry_run=dry_run, yes=yes)
+
+
+def prune(
+    store: Store,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Drop what no dataset names any more. Lists rows and bytes first.
+
+    That is: rows and failures of images that are in no dataset, recipes without rows that no dataset names, records of
+    files that no dataset has, and leftovers of processes that were killed. A row stays, whatever its recipe, as long as
+    any dataset has its image. Chunks that hold dropped rows are written anew, so the bytes are free afterwards.
+    """
+    with command("prune", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.maintenance import plan_prune
+        from featurecache.store.store import FeatureStore
+
+        with FeatureStore.create_or_open(store, write=False) as opened:
+            plan = plan_prune(opened)
+        _go(plan, output, dry_run=dry_run, yes=yes)
+
+
+def forget(
+    store: Store,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="More ids: --id A B C.")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", metavar="ID...", help="Id of a sample; several may follow.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only in this dataset: elsewhere the id means another sample; repeatable."),
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Remove samples from a store, bytes included (privacy). Lists rows and bytes first.
+
+    Features and keys in all recipes, rows and labels in all datasets, failures, file paths and ids go; the chunks and
+    the index are written anew, so that none of these bytes is left in the store's files. An image that another sample
+    has as well, byte for byte, stays for that one, and is reported.
+
+    Not touched: the manifest, which would bring a sample back if it still lists it; runs that were fitted before, whose
+    predictions.csv and splits.csv hold ids; copies of the store, of which compact makes one; the disk's free blocks.
+    """
+    with command("forget", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.forget import plan_forget
+        from featurecache.store.store import FeatureStore
+
+        wanted = [*(ids or []), *(more or [])]
+        if not wanted:
+            raise InputError("which samples? Give --id ID, once or more.")
+        with FeatureStore.create_or_open(store, write=False) as opened:
+            plan = plan_forget(opened, wanted, dataset or ())
+        _go(plan, output, dry_run=dry_run, yes=yes)
+
+
+def compact(
+    store: Store,
+    out: Annotated[Path, typer.Option(metavar="STORE2", help="The new store; must not exist.")],
+    order: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Lay rows in the order of this dataset's manifest.")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(metavar="none|zstd|blosc|gzip", help="Default: each recipe's own.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a store into a new one, in full chunks without gaps, in the order in which a dataset reads it.
+
+    Recipes, features bit by bit, datasets, failures and records of files are the same; the new store has an identity of
+    its own, and runs fitted on the old one serve with it. The old one is only read. The copy grows in STORE2.tmp, every
+    byte of it is verified, then it is renamed; after a kill, the same command starts anew.
+    """
+    with command("compact", as_json=as_json, quiet=quiet, debug=debug) as output:
+        from featurecache.store.compact import compact as copy
+
+        with reporter(quiet=quiet) as progress:
+            made = copy(store, out, order=order, codec=codec, reporter=progress)
+        output.outputs = [str(made.path)]
+        output.figures = {
+            "recipes": made.recipes,
+            "rows": made.rows,
+            "datasets": made.datasets,
+            "bytes_before": made.bytes_before,
+            "bytes": made.bytes,
+        }
+        output.text(f"made      {made.path}: {made.recipes:,} recipes, {made.rows:,} rows, {made.datasets:,} datasets")
+        output.text(f"          {human_bytes(made.bytes_before)} -> {human_bytes(made.bytes)}, verified")
+        output.next = f"featurecache info {made.path}"
+
+
+def _go(plan: Removal, output: Output, *, dry_run: bool, yes: bool) -> None:
+    """List a plan, ask where that is possible, carry it out, say what was done."""
+    output.figures = {"dry_run": dry_run, **plan.to_json()}
+    output.outputs = [*(part.stored.recipe.id for part in plan.parts), *plan.datasets, *plan.samples]
+    lines = _listing(plan)
+    if plan.empty or dry_run or yes:
+        for line in lines:
+            output.text(line)
+    if plan.empty or dry_run:
+        output.text("nothing to drop" if plan.empty else "dry run: nothing was changed")
+        return
+    if not yes:
+        print("\n".join(lines), file=sys.stderr)
+        if not _terminal():
+            raise InputError("Nothing was changed. There is no terminal to ask on: give --yes to drop this.")
+        if not typer.confirm("Drop this for good?", err=True):
+            output.outputs, output.status = [], FAILED
+            output.text("nothing was changed")
+            return
+    from featurecache.dropping import carry_out
+
+    with reporter(quiet=output.quiet) as progress:
+        done = carry_out(plan, progress)
+        if not done.scrubbed:
+            progress.note(
+                "Warning: a process has been reading the index all the while, which still holds bytes of what was "
+                f"dropped. When it has ended, run: featurecache prune {plan.path} --yes"
+            )
+    output.figures |= {"bytes_freed": done.bytes_freed, "scrubbed": done.scrubbed}
+    output.text(f"dropped   {plan.rows:,} rows; the store takes {human_bytes(done.bytes_freed)} less")
+    output.next = f"featurecache verify {plan.path}"
+
+
+def _terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _listing(plan: Removal) -> list[str]:
+    lines = []
+    for part in plan.parts:
+        recipe = part.stored.recipe
+        rest = f", {len(part.failures):,} failures" if part.failures else ""
+        whole = "all of it" if part.whole else f"{len(part.rows):,} rows"
+        count = f", {len(part.rows):,} rows" if part.whole else ""
+        body = recipe.fields.get("body")
+        name = f", {body.get('architecture')}" if isinstance(body, dict) else ""
+        lines.append(f"recipe    {recipe.id}{name}: {whole}{count}{rest}, {human_bytes(part.size)}")
+    lines += [f"dataset   {name}: its table and labels; rows stay" for name in plan.datasets if not plan.samples]
+    lines += [f"dataset   {name}: all its samples" for name in plan.datasets if plan.samples]
+    lines += [
+        f"dataset   {binding.name}: rewritten, {binding.table.height:,} samples stay" for binding in plan.bindings
+    ]
+    if plan.samples:
+        lines.append(
+            f"samples   {len(plan.samples):,}: {', '.join(plan.samples[:10])}{' ...' * (len(plan.samples) > 10)}"
+        )
+    if plan.files:
+        lines.append(f"files     {len(plan.files):,} that were hashed, no longer known")
+    if plan.listed:
+        lines.append(f"failures  {plan.listed:,} entries of failures.csv")
+    if plan.leftovers:
+        lines.append(f"leftovers {len(plan.leftovers):,} files")
+    if not plan.empty:
+        lines.append(f"in all    {plan.rows:,} rows, {human_bytes(plan.size)}")
+    return [*lines, *(f"note      {note}" for note in plan.notes)]

@@ -1,0 +1,52 @@
+"""What the state machine does to a store, by name and plain arguments, so that a process can be killed while at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from store_kit import TAPS, make_binding, make_features, make_keys, make_recipe
+
+from featurecache.dropping import Removal, carry_out
+from featurecache.forget import plan_forget
+from featurecache.maintenance import plan_prune, plan_rm
+from featurecache.store import compact as compaction
+from featurecache.store.store import FeatureStore
+
+RECIPES = (make_recipe(), make_recipe(precision="bf16"))
+
+
+def extract(path: Path, recipe: int, numbers: list[int], samples: dict[str, int], codec: str, rows: int) -> None:
+    """As stage one does: what is not there is added, part by part, then the dataset (image -> number) is bound."""
+    with FeatureStore(path, write=True) as store:
+        store.add_recipe(RECIPES[recipe], TAPS, codec=codec, rows_per_chunk=rows)
+        with store.appender(RECIPES[recipe].id) as appender:
+            for at in range(0, len(numbers), 7):
+                appender.append(make_keys(numbers[at : at + 7]), make_features(numbers[at : at + 7]))
+                appender.flush()
+        binding = make_binding(RECIPES[recipe].id, list(samples.values()), ids=list(samples))
+        store.bind(binding, replace=True)
+
+
+def forget(path: Path, images: list[int]) -> None:
+    carry_out(planned(path, lambda store: plan_forget(store, [f"bird-{image}" for image in images])))
+
+
+def prune(path: Path) -> None:
+    carry_out(planned(path, plan_prune))
+
+
+def remove_recipe(path: Path, recipe: int) -> None:
+    carry_out(planned(path, lambda store: plan_rm(store, [RECIPES[recipe].id])))
+
+
+def compact(path: Path, out: str, order: str | None) -> None:
+    compaction.compact(path, out, order=order)
+
+
+def planned(path: Path, plan: Callable[[FeatureStore], Removal]) -> Removal:
+    store = FeatureStore(path)
+    try:
+        return plan(store)
+    finally:
+        store.close()

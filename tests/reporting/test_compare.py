@@ -1,0 +1,103 @@
+"""compare: ranked on validation, told apart on test; what can't be compared is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from stage_two import command, quick, samples, write_store
+
+from featurecache.dataset import FeatureDataset
+from featurecache.errors import InputError
+from featurecache.evaluation.bootstrap import paired_differences
+from featurecache.fit import fit_head
+from featurecache.reporting.compare import compare_runs
+from featurecache.results import to_target
+from featurecache.run import load_run
+
+FAST = {"n_estimators": 6, "max_bin": 16, "nthread": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    store = write_store(folder, 120)
+    with quick():
+        for name, head, settings, views, seed in (
+            ("both", "logistic", {}, None, 0),
+            ("trees", "xgboost", FAST, None, 0),
+            ("a", "logistic", {}, ["a"], 0),
+            ("other", "logistic", {}, None, 1),
+        ):
+            dataset = FeatureDataset(store, dataset="m", target="kind", views=views)
+            fit_head(dataset, head=head, settings=settings, seed=seed, out=folder / name, bootstrap=30)
+    return folder
+
+
+def test_runs_are_ranked_on_validation_and_differ_as_the_paired_bootstrap_says(runs):
+    opened = [load_run(runs / name) for name in ("a", "trees", "both")]
+    found = compare_runs(opened, names=["a", "trees", "both"], n=50, seed=2)
+    assert found.metric == "accuracy"
+    valid = {name: load_run(runs / name).metrics["valid"]["accuracy"] for name in ("a", "trees", "both")}
+    assert [row.run for row in found.runs] == sorted(valid, key=lambda name: (-valid[name], name))
+    assert [row.valid for row in found.runs] == [valid[row.run] for row in found.runs]
+    first, last = found.runs[0], found.runs[-1]
+    assert first.difference is None
+    assert first.words == "the first"
+    a, b = (load_run(runs / row.run).arrays.of("test") for row in (last, first))
+    expected = paired_differences(to_target(b), a.scores, b.scores, b.groups, n=50, seed=2)["accuracy"]
+    assert (last.difference, last.low, last.high) == (expected["difference"], expected["low"], expected["high"])
+    assert last.difference == pytest.approx(last.test - first.test)
+    assert found.n == len(b.sample_ids)
+
+
+def test_a_metric_where_low_is_good_ranks_the_lowest_first(runs):
+    opened = [load_run(runs / name) for name in ("a", "trees", "both")]
+    found = compare_runs(opened, metric="log_loss", n=20)
+    values = [row.valid for row in found.runs]
+    assert values == sorted(values)
+    assert all(row.words in ("worse", "better", "no gain shown") for row in found.runs[1:])
+    worst = found.runs[-1]
+    assert worst.words == ("worse" if worst.low > 0 else "better" if worst.high < 0 else "no gain shown")
+
+
+def test_other_splits_other_targets_and_a_single_run_are_refused(runs, tmp_path):
+    both = load_run(runs / "both")
+    with pytest.raises(InputError, match=r"other: \d+ of its test samples are not those of both: s\d+"):
+        compare_runs([both, load_run(runs / "other")], names=["both", "other"])
+    with pytest.raises(InputError, match="two runs or more"):
+        compare_runs([both])
+    dataset = FeatureDataset(runs / "store", dataset="m", target="label")
+    with quick():
+        label = fit_head(dataset, head="logistic", out=tmp_path / "label", bootstrap=0)
+    with pytest.raises(InputError, match="label: task binary, but both has multiclass"):
+        compare_runs([both, label], names=["both", "label"])
+
+
+def test_other_labels_for_the_same_samples_are_refused(runs, tmp_path):
+    rows = samples(120)
+    for row in rows:
+        row["kind"] = {"p": "q", "q": "p"}.get(row["kind"], row["kind"])
+    # Strata differ in name only where whole classes change places, so the split stays.
+    turned = FeatureDataset(write_store(tmp_path, rows=rows), dataset="m", target="kind")
+    with quick():
+        run = fit_head(turned, head="logistic", out=tmp_path / "turned", bootstrap=0)
+    with pytest.raises(InputError, match=r"turned: \d+ test samples have other labels than in both: s\d+"):
+        compare_runs([load_run(runs / "both"), run], names=["both", "turned"])
+
+
+def test_the_command(runs, tmp_path):
+    done = command("compare", runs / "both", runs / "a", "--bootstrap", "40", "--out", tmp_path / "c.json")
+    assert done.status == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].startswith("accuracy on ")
+    assert lines[1].endswith("the first")
+    assert "  2  " in lines[2]
+    written = json.loads((tmp_path / "c.json").read_text())
+    asked = command("compare", runs / "both", runs / "a", "--bootstrap", "40", "--json").json
+    assert asked["runs"] == written["runs"]
+    assert np.isfinite(asked["runs"][1]["difference"])
+    wrong = command("compare", runs / "both", runs / "other")
+    assert wrong.status == 2
+    assert "Fit the runs with the same --split" in wrong.err
