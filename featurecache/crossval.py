@@ -75,8 +75,9 @@ def cross_validate(
     """Fit a head per fold, keep what each says of the samples that it has not seen, then fit one on all samples.
 
     Within a fold `split.valid` of what is not tested serves early stopping, calibration and threshold. The decision
-    threshold is one for all folds, chosen on their validation rows together. The run's head is fitted on all samples
-    but a share of validation; its figures are those of the folds.
+    threshold is one for all folds, chosen on their validation rows together; since these are test rows of other folds,
+    figures that depend on it are slightly optimistic, which report and card say. The run's head is fitted on all
+    samples but a share of validation; its figures are those of the folds.
 
     Args:
         dataset: with a target.

@@ -240,6 +240,8 @@ def tune(
     dataset = open_dataset(config)
     target = target_of(dataset)
     out = config.out or default_run_path(dataset.binding.name, target.names, config.head)
+    if out.exists() and not config.overwrite:
+        raise InputError(f"{out}: already exists. Give another name to --out, or --overwrite to replace it.")
     # Without --out the next run gets the next number; its trials are kept under the name without one.
     stem = out.name if config.out else out.name.rpartition("-")[0]
     kept = storage or out.with_name(f"{stem}.trials.jsonl")
@@ -255,8 +257,6 @@ def tune(
         "bootstrap": config.bootstrap, "at": config.at, "calibrate": config.calibrate, "command": command,
         "config": config.model_dump(mode="json", exclude_none=True), "reporter": reporter, "extra": about,
     }  # fmt: skip
-    if out.exists() and not config.overwrite:
-        raise InputError(f"{out}: already exists. Give another name to --out, or --overwrite to replace it.")
     split = SplitConfig.create({name: getattr(config, name) for name in SplitConfig.model_fields})
     if config.cv is not None:
         run = cross_validate(

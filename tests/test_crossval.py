@@ -7,7 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from stage_two import command, quick, read_table, write_store
+from stage_two import command, quick, read_table, samples, write_store
 
 from featurecache.config import SplitConfig
 from featurecache.crossval import cross_validate
@@ -18,6 +18,7 @@ from featurecache.evaluation.metrics import compute_metrics
 from featurecache.fit import fit_rows, load_head_run
 from featurecache.heads.base import get_head
 from featurecache.progress import Silent
+from featurecache.reporting.report import render
 from featurecache.results import metrics_from_predictions, to_target
 
 
@@ -106,3 +107,28 @@ def test_the_command(store, tmp_path):
     with pytest.raises(InputError, match="91 splits need at least as many groups"):
         cross_validate(FeatureDataset(store, dataset="m", target="label"), 91, head="logistic", out=tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_what_a_fold_lacks_is_told_and_its_page_says_out_of_fold(store, tmp_path):
+    rows = [{**row, "rare": int(i < 2)} for i, row in enumerate(samples(80))]  # both in patient p0, so in one fold
+    write_store(tmp_path, rows=rows)
+    dataset = FeatureDataset(tmp_path / "store", dataset="m", target=["l0", "rare"])
+    run = cross_validate(
+        dataset, 3, head="logistic", split=SPLIT, out=tmp_path / "run", bootstrap=0, at="sensitivity=0.9",
+        calibrate="temperature",
+    )  # fmt: skip
+    (fold,) = {row["fold"] for row in read_table(run.path / "predictions.csv") if row["group"] == "p0"}
+    assert run.record["cv"]["skipped"] == {"rare": [int(fold)]}
+    assert run.record["skipped"] == []
+    assert run.metrics["test"]["labels"]["rare"]["roc_auc"] is None
+    assert "importance.json" in run.files
+    for page in ((run.path / "README.md").read_text(), render(run.path, run.record)):
+        assert "out-of-fold samples. Cross-validated in 3 folds" in page
+        assert "Not in the training samples of every fold: rare." in page
+        assert "calibrated by temperature scaling" in page
+        assert "test samples" not in page
+    alone = FeatureDataset(tmp_path / "store", dataset="m", target="rare")
+    with pytest.raises(InputError, match=r"^fold [123]: training rows of 'rare' hold only the class '0'"):
+        cross_validate(alone, 3, head="logistic", split=SPLIT, out=tmp_path / "no", bootstrap=0)
+    with pytest.raises(InputError, match="a multiclass target has no threshold"):
+        cross_validate(FeatureDataset(store, dataset="m", target="kind"), 3, head="no", at="sensitivity=0.9")

@@ -6,7 +6,9 @@ import pytest
 from stage_two import TRUST, hashes, quick, read_table, write_home, write_table
 
 import featurecache as fc
+from featurecache.crossval import cross_validate
 from featurecache.errors import InputError
+from featurecache.reporting.compare import compare_runs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,3 +126,15 @@ def test_a_wanted_sensitivity_is_chosen_on_the_runs_validation_samples(home, tmp
     assert {row["split"] for row in rows} == {"test"}
     for row in rows:
         assert row["prediction"] == ("yes" if float(row["p:yes"]) >= cut["value"] else "no")
+
+
+def test_samples_of_a_cross_validation_are_samples_that_the_run_was_fitted_on(home, tmp_path):
+    shutil.copytree(home / "data", tmp_path / "data")
+    dataset = fc.FeatureDataset(home / "cache", dataset="samples", target="label")
+    run = cross_validate(dataset, 3, head="logistic", out=tmp_path / "run", bootstrap=0)
+    found = fc.evaluate(run, tmp_path / "data/samples.csv", store=tmp_path / "store", bootstrap=0, **TRUST)
+    assert any("48 of these samples have the ids" in note for note in found.notes)
+    with pytest.raises(InputError, match="a cross-validation, whose head was fitted on all samples"):
+        fc.finetune_joint(tmp_path / "data/samples.csv", init=run.path, views={"a": "a", "b": "b"}, out=tmp_path / "j")
+    with pytest.raises(InputError, match="a cross-validation keeps no valid samples"):
+        compare_runs([run, run])

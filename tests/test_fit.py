@@ -3,7 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from stage_two import quick, recipe, write_store
+from stage_two import quick, recipe, samples, write_store
 
 from featurecache.config import FitConfig
 from featurecache.crossval import fit_from_config
@@ -187,3 +187,12 @@ def test_calibration_is_fitted_on_validation_and_goes_with_the_run(dataset, stor
     again = load_head_run(run.path)
     np.testing.assert_allclose(again.predict_proba(dataset), expected, atol=1e-6)
     assert metrics_from_predictions(run.path) == run.metrics
+
+
+def test_what_needs_validation_rows_is_refused_where_the_column_marks_none(tmp_path):
+    rows = [{**row, "by": ("train", "test")[i // 2 % 2]} for i, row in enumerate(samples(40))]
+    data = FeatureDataset(write_store(tmp_path, rows=rows), dataset="m", target="label")
+    for options in ({"at": "sensitivity=0.9"}, {"calibrate": "isotonic"}):
+        with pytest.raises(InputError, match=r"needs validation samples, and column 'by' marks none"):
+            fit_head(data, head="logistic", split="by", out=tmp_path / "run", bootstrap=0, **options)
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from stage_two import command, quick, write_store
+from stage_two import command, quick, samples, write_store
 
 from featurecache.config import FitConfig
 from featurecache.dataset import FeatureDataset
@@ -110,6 +110,65 @@ def test_trials_that_fall_behind_are_ended(store, tmp_path):
 def test_trials_at_a_time_are_all_there(store, tmp_path):
     run, _ = tune(config(store, tmp_path / "run"), trials=6, jobs=2)
     assert sorted(pl.read_csv(run.path / "trials.csv")["trial"].to_list()) == list(range(6))
+
+
+def test_another_target_of_the_same_rows_is_no_reason_to_go_on(store, tmp_path):
+    kept = tmp_path / "trials.jsonl"
+    tune(config(store, tmp_path / "kind", split="fold"), trials=2, metric="accuracy", storage=kept)
+    with pytest.raises(InputError, match=r"trials\.jsonl: holds trials that differ in target, so"):
+        tune(
+            config(store, tmp_path / "label", split="fold", target=("label",)),
+            trials=2,
+            metric="accuracy",
+            storage=kept,
+        )
+
+
+def test_a_file_that_a_crash_cut_off_is_gone_on_with_and_any_other_is_refused(store, tmp_path):
+    kept = tmp_path / "trials.jsonl"
+    tune(config(store, tmp_path / "a"), trials=2, storage=kept)
+    kept.write_bytes(kept.read_bytes()[:-9])
+    for trials, name in ((3, "b"), (4, "c")):
+        run, _ = tune(config(store, tmp_path / name), trials=trials, storage=kept)
+        assert pl.read_csv(run.path / "trials.csv").height == trials
+    kept.write_text("something else\n")
+    with pytest.raises(InputError, match="not a file of trials"):
+        tune(config(store, tmp_path / "d"), trials=2, storage=kept)
+    with pytest.raises(InputError, match="a folder; trials are kept in a file"):
+        tune(config(store, tmp_path / "d"), trials=2, storage=tmp_path)
+
+
+def test_trials_that_another_process_adds_count(store, tmp_path):
+    kept = tmp_path / "trials.jsonl"
+
+    class Other(Silent):
+        done = False
+
+        def advance(self, task, n=1, *, status=""):
+            if task.startswith("tune") and not self.done:
+                self.done = True
+                tune(config(store, tmp_path / "other"), trials=5, storage=kept)
+
+    run, _ = tune(config(store, tmp_path / "run"), trials=5, storage=kept, reporter=Other())
+    assert pl.read_csv(run.path / "trials.csv").height <= 6  # the one that was under way, too
+
+
+def test_test_rows_decide_nothing(tmp_path):
+    """With the labels of all test rows turned round, settings, threshold and calibration stay as they are."""
+    found = []
+    for name in ("true", "poisoned"):
+        rows = [{**row, "by": ("train", "train", "valid", "test")[i // 2 % 4]} for i, row in enumerate(samples(80))]
+        if name == "poisoned":
+            turned = {"no": "yes", "yes": "no"}
+            rows = [{**row, "label": turned[row["label"]]} if row["by"] == "test" else row for row in rows]
+        store = write_store(tmp_path / name, rows=rows)
+        options = {"target": ("label",), "split": "by", "calibrate": "isotonic", "at": "sensitivity=0.9"}
+        run, _ = tune(config(store, tmp_path / f"{name}-run", **options), trials=3)
+        trials = pl.read_csv(run.path / "trials.csv").drop("seconds")
+        found.append((trials.rows(), run.record["head"], run.record["calibration"], run.threshold))
+        accuracy = run.metrics["test"]["accuracy"]
+        assert accuracy > 0.8 if name == "true" else accuracy < 0.2
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", [name for name in head_names() if get_head(name).search_space])

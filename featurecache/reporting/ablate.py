@@ -136,7 +136,7 @@ def ablate(
                 reporter.advance("ablate", 1, status=f"{name} {arm}")
             repeats.append(study.repeat(views))
             valid.append(study.valid)
-        means = {arm: _mean([found[arm] for found in valid], metric, "validation") for arm in valid[0]}
+        means = {arm: mean_of_divisions([found[arm] for found in valid], metric, "validation") for arm in valid[0]}
         reference[name] = max(views, key=lambda view: goodness(metric, means[f"alone:{view}"]))
         rows = _arms(name, repeats, means, groups, metric, f"alone:{reference[name]}", bootstrap)
         arms += rows
@@ -225,7 +225,7 @@ def _divisions(
     return found
 
 
-def _mean(values: Sequence[float], metric: str, side: str) -> float:
+def mean_of_divisions(values: Sequence[float], metric: str, side: str) -> float:
     """Over the divisions in which the metric is defined.
 
     Raises:
@@ -253,7 +253,7 @@ def _arms(
     draws = repeated_replicates(repeats, groups, metric, n=n) if n else {}
     rows = []
     for arm, value in values.items():
-        _mean([value], metric, "test")
+        mean_of_divisions([value], metric, "test")
         own = percentile_interval(draws[arm]) if n else None
         apart = percentile_interval(draws[arm] - draws[reference]) if n and arm != reference else None
         low, high = apart or (None, None)

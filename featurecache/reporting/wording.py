@@ -107,6 +107,11 @@ def how_measured(record: Mapping[str, Any]) -> list[str]:
             f"Cross-validated in {cv['folds']} folds: every sample was scored by a head that had not seen it. "
             "The head that is kept was fitted afterwards, on all samples but a share of validation."
         )
+        if (record.get("threshold") or {}).get("chosen_on"):
+            found.append(
+                "One threshold serves all folds; what validates one fold is tested in another, so figures that depend "
+                "on it (accuracy, sensitivity, specificity, F1) come out a little too high; AUROC and the like don't."
+            )
         if lacking := cv.get("skipped"):
             found.append(f"Not in the training samples of every fold: {', '.join(lacking)}.")
     if calibration := record.get("calibration"):

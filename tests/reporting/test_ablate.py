@@ -7,7 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from stage_two import command, quick, write_store
+from stage_two import command, quick, samples, write_store
 
 from featurecache.config import SplitConfig
 from featurecache.data.splits import make_splits
@@ -15,7 +15,7 @@ from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.fit import fit_head
-from featurecache.reporting.ablate import ablate, conclude
+from featurecache.reporting.ablate import ablate, conclude, mean_of_divisions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +101,15 @@ def test_one_view_or_no_test_rows_are_refused(folder):
         ablate(dataset(folder), ["logistic"], split=SplitConfig(test=0.0))
 
 
+def test_a_division_that_can_not_be_measured_is_left_out_and_none_at_all_is_an_error(tmp_path):
+    rows = [{**row, "few": ("no", "yes")[i < 12 and i % 4 < 2]} for i, row in enumerate(samples(120))]
+    write_store(tmp_path, rows=rows)
+    data = dataset(tmp_path, "few")  # by column `fold` only training rows hold a yes
+    with pytest.raises(InputError, match="roc_auc is undefined on the validation samples of every division"):
+        ablate(data, ["logistic"], split=SplitConfig(split="fold"), seeds=1, bootstrap=10)
+    assert mean_of_divisions([float("nan"), 0.25, 0.75], "roc_auc", "validation") == 0.5
+
+
 def test_the_command(folder, tmp_path):
     words = ["ablate", folder / "store", "--dataset", "m", "--target", "kind", "--head", "logistic,xgboost"]
     words += ["--set", "xgboost.n_estimators=3", "--set", "xgboost.max_bin=16", "--seeds", "2", "--bootstrap", "20"]
@@ -112,6 +121,11 @@ def test_the_command(folder, tmp_path):
     table = pl.read_csv(tmp_path / "out/ablation.csv")
     assert table["arm"].to_list() == [arm["arm"] for arm in written["arms"]]
     assert command(*words, "--json").json["arms"] == written["arms"]
+    again = command(*words, "--out", tmp_path / "out")
+    assert again.status == 2
+    assert "already holds an ablation" in again.err
+    file = command(*words, "--out", tmp_path / "out/ablation.json", "--overwrite")
+    assert "a file; --out is a folder" in file.err
     wrong = command(*words, "--set", "depth=3")
     assert wrong.status == 2
     assert "depth" in wrong.err

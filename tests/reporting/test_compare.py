@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import polars as pl
 import pytest
 from stage_two import command, quick, samples, write_store
 
@@ -88,16 +89,30 @@ def test_other_labels_for_the_same_samples_are_refused(runs, tmp_path):
 
 
 def test_the_command(runs, tmp_path):
-    done = command("compare", runs / "both", runs / "a", "--bootstrap", "40", "--out", tmp_path / "c.json")
+    done = command("compare", runs / "both", runs / "a", "--bootstrap", "40", "--out", tmp_path / "new/c.json")
     assert done.status == 0, done.err
     lines = done.out.splitlines()
     assert lines[0].startswith("accuracy on ")
     assert lines[1].endswith("the first")
     assert "  2  " in lines[2]
-    written = json.loads((tmp_path / "c.json").read_text())
+    written = json.loads((tmp_path / "new/c.json").read_text())
     asked = command("compare", runs / "both", runs / "a", "--bootstrap", "40", "--json").json
     assert asked["runs"] == written["runs"]
     assert np.isfinite(asked["runs"][1]["difference"])
     wrong = command("compare", runs / "both", runs / "other")
     assert wrong.status == 2
     assert "Fit the runs with the same --split" in wrong.err
+
+
+def test_other_groups_are_refused_for_the_resamples_would_not_be_pairs(runs, tmp_path):
+    for name, group in (("alone", "sample_id"), ("patients", "patient")):
+        dataset = FeatureDataset(runs / "store", dataset="m", target="size")
+        rows = {"split": "by", "group": group}
+        table = dataset.table.with_columns(by=pl.col("patient").str.tail(1).replace_strict(
+            {"0": "test", "1": "valid"}, default="train"))  # fmt: skip
+        with quick(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dataset, "table", table)
+            fit_head(dataset, head="logistic", out=tmp_path / name, bootstrap=0, **rows)
+    opened = [load_run(tmp_path / name) for name in ("alone", "patients")]
+    with pytest.raises(InputError, match="groups its test samples otherwise than alone"):
+        compare_runs(opened, names=["alone", "patients"])

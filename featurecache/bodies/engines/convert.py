@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,21 @@ def _silent() -> Iterator[None]:
             module.tm = telemetry  # type: ignore[attr-defined]
 
 
+def core() -> Any:
+    """The one OpenVINO core of this process, which lives until it ends.
+
+    Its CPU plugin gives the calling thread another stack for signal handlers, and gives the earlier one back when the
+    last graph of a core is gone. Where two cores end in another order than they began, what is given back was freed
+    before: the next signal (Ctrl-C, SIGTERM, the end of a child) is then a segmentation fault. Seen in 2026.4.
+    """
+    return _core_of(os.getpid())
+
+
+@cache
+def _core_of(pid: int) -> Any:
+    return import_openvino().Core()
+
+
 def graph_key(tapped: Tapped, identities: Sequence[Identity], size: tuple[int, int], channels: int) -> str:
     """All that a graph depends on, as 64 hex digits: what the taps depend on, in their order, and who converts."""
     made_by = {}
@@ -130,7 +147,7 @@ def load_graph(
         found = keep_graph(key, lambda folder: openvino.save_model(model, str(folder / GRAPH), compress_to_fp16=False))
         if found is None:
             return _unkept.setdefault(key, model)
-    return openvino.Core().read_model(str(found))  # weights are mapped, not read
+    return core().read_model(str(found))  # weights are mapped, not read
 
 
 def convert(tapped: Tapped, size: tuple[int, int], channels: int) -> Any:
@@ -154,7 +171,7 @@ def convert(tapped: Tapped, size: tuple[int, int], channels: int) -> Any:
             with torch.no_grad(), _silent():
                 model = way(openvino, whole, x[:2])
                 model.reshape([-1, channels, *size])
-                problem = _disagreement(openvino, model, tapped, x)
+                problem = _disagreement(model, tapped, x)
         except MemoryError:
             raise
         except Exception as error:
@@ -179,9 +196,9 @@ def _export(openvino: Any, whole: Tapped, x: Tensor) -> Any:
     return openvino.convert_model(torch.export.export(whole, (x,), dynamic_shapes=batch, strict=False))
 
 
-def _disagreement(openvino: Any, model: Any, tapped: Tapped, x: Tensor) -> str:
+def _disagreement(model: Any, tapped: Tapped, x: Tensor) -> str:
     """What differs between graph and body, '' where nothing does."""
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for n in (1, 3):
         batch = x[-n:].contiguous()
         expected = [features.numpy() for features in tapped(batch)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from featurecache.bodies.engines.base import Features
-from featurecache.bodies.engines.convert import import_openvino, load_graph
+from featurecache.bodies.engines.convert import core, import_openvino, load_graph
 from featurecache.bodies.engines.devices import resolve_device
 from featurecache.bodies.identity import Identity
 from featurecache.bodies.tapped import Tapped
@@ -37,7 +37,7 @@ def openvino_has_bf16() -> bool:
 
     x = ops.parameter([1, 8], np.float32)
     model = openvino.Model([ops.relu(x)], [x], "probe")
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     return effective_precision(compiled) == "bf16"
 
 
@@ -124,7 +124,7 @@ class OpenVINOEngine:
             raise InputError("engine openvino needs images of one size. Give --crop N.")
         self.precision, self.preprocessing, self.device = precision, preprocessing, torch.device("cpu")
         self._openvino = import_openvino()
-        self._core = self._openvino.Core()
+        self._core = core()
         self._graph = load_graph(tapped, size, preprocessing.channels, identities)
         self._settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "THROUGHPUT"}
         if threads is not None:

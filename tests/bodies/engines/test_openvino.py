@@ -1,8 +1,11 @@
 """The OpenVINO engine against torch, its conversion, and the graphs that it keeps. Runs where openvino is installed."""
 
 import copy
+import ctypes
+import gc
 import importlib.util
 import os
+import signal
 import socket
 import sys
 
@@ -351,3 +354,37 @@ def test_threads():
     engine = make_engine(tapped_of("plugin_bodies:small"), SMALL, engine="openvino", threads=1)
     (compiled,) = engine._compiled.values()
     assert compiled.model.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads this system's structure")
+def test_the_stack_of_signal_handlers_outlives_the_engines():
+    """Else Ctrl-C after two engines came and went is a segmentation fault; see `convert.core`."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    def stack() -> tuple[int | None, int]:
+        found = Stack()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+        return found.start, found.flags
+
+    def mapped(address: int) -> bool:
+        with open("/proc/self/maps", encoding="ascii") as file:
+            spans = (line.split()[0].split("-") for line in file)
+            return any(int(low, 16) <= address < int(high, 16) for low, high in spans)
+
+    names = ("conv:gem", "penultimate")
+    engines = [both(tapped_of("plugin_bodies:maps", name))[1] for name in names]
+    for engine in engines:
+        engine(pixels(2))
+    before = stack()
+    while engines:
+        del engines[0]
+        gc.collect()
+        assert stack() == before
+    assert before[0] is None or mapped(before[0])
+    heard = []
+    handler = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, handler)
+    assert heard == [1]
