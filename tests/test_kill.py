@@ -23,7 +23,7 @@ TAP = "penultimate@none"
 def words(manifest: Path, store: Path, precision: str, *more: Any) -> list[str]:
     return [
         "extract", str(manifest), "--store", str(store), "--view", "image=image", "--body", "plugin_extract:slow",
-        "--precision", precision, "--store-dtype", "float32", "--rows-per-chunk", "32", "--batch-size", "16", "--json",
+        "--engine", "torch", "--precision", precision, "--store-dtype", "float32", "--rows-per-chunk", "32", "--batch-size", "16", "--json",
         *map(str, more),
     ]  # fmt: skip
 
@@ -58,6 +58,7 @@ def check_equal(store: Path, reference: Path, n: int, precision: str) -> None:
             np.testing.assert_allclose(by_sample[sample], row, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_three_kills(tmp_path, precision):
     n = 224

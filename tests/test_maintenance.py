@@ -181,7 +181,9 @@ def test_a_second_writer_is_refused(store):
 RM_KILLS = ["rows-dropped", "records-dropped", "binding-rewritten", "recipe-dropped", "group-trashed", "index-scrubbed"]
 
 
-@pytest.mark.parametrize("step", RM_KILLS)
+@pytest.mark.parametrize(
+    "step", [step if step == "rows-dropped" else pytest.param(step, marks=pytest.mark.slow) for step in RM_KILLS]
+)
 def test_rm_killed(store, upkeep, step):
     words = ["faces", AUGMENTED.id] if step != "rows-dropped" else [PLAIN.id]
     assert upkeep.killed(step, 1, "rm", store, *words)
@@ -196,7 +198,7 @@ def test_rm_killed(store, upkeep, step):
 
 
 @pytest.mark.parametrize("step", ["chunk-written", "rows-dropped", "dropped-chunks-deleted", "records-dropped"])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_prune_killed(store, upkeep, step, count):
     carry_out(rm_plan(store, "people"))
     assert upkeep.killed(step, count, "prune", store) or step == "records-dropped"

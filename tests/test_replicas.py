@@ -133,6 +133,7 @@ def test_only_what_is_new_is_computed(manifest, tmp_path):
     assert close(anew, {name: row for name, row in drawn(store).items() if name in anew})
 
 
+@pytest.mark.slow
 def test_any_order_and_any_process(manifest, tmp_path):
     run(manifest, tmp_path / "store", replicas=2, batch_size=4, **OPTIONS)
     reverse = manifest.parent / "samples2.csv"

@@ -428,6 +428,7 @@ print(*identify(body, resolve_taps(body, [Tap()], (32, 32)), (32, 32))[0])
 """
 
 
+@pytest.mark.slow
 def test_other_process_hash_seed_and_place_of_the_files(tmp_path):
     expected = list(digests(load_body("plugin_bodies:small", "none", seed=0)))
     plugins = Path(plugin_bodies.__file__).parent

@@ -53,7 +53,9 @@ def test_every_head_learns_every_task(store, tmp_path, head, task):
         np.testing.assert_array_equal(np.array(written, dtype=float), scores)
 
 
-@pytest.mark.parametrize("head", FAST)
+@pytest.mark.parametrize(
+    "head", ["xgboost", *(pytest.param(head, marks=pytest.mark.slow) for head in ("fc", "logistic"))]
+)
 def test_forty_labels_of_which_some_are_unknown(store, tmp_path, head):
     words = ["--bootstrap", 0] if head != "xgboost" else []
     done = fit(store, tmp_path / "run", *words, target=",".join(f"l{k}" for k in range(LABELS)), head=head)

@@ -163,6 +163,7 @@ def test_zeros_are_features_and_nan_is_listed(tmp_path):
     assert (report.ok, report.rows, report.chunks) == (True, 4, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["after it was read", "before it was read"])
 def test_bytes_that_change_during_the_run(tmp_path, late):
     """What is stored belongs to the bytes that were read; the next run computes the others, and nothing else."""

@@ -83,6 +83,7 @@ def test_every_operation_fails(ram, faulty_disk, operation, error, record):
     record("disk_operations_failed", fail_at_every(ram, faulty_disk, operation, error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("operation", ["io:write", "io:fsync", "io:rename"])
 def test_work_goes_on_in_the_same_session(ram, operation, error):

@@ -243,7 +243,7 @@ def run_machine(process: Writers, examples: int, steps: int, seen: list[int] | N
 
 def test_a_store_is_a_dict_whatever_is_done_to_it():
     with Writers(actions=True) as process:
-        run_machine(process, examples=6, steps=12)
+        run_machine(process, examples=3, steps=12)
 
 
 @pytest.mark.slow

@@ -109,7 +109,9 @@ def test_nothing_of_the_bodies_moves_while_they_are_frozen(manifest, tmp_path):
     assert run.history["train_loss"][1] < run.history["train_loss"][0]
 
 
-@pytest.mark.parametrize("at", ["epoch 2/", "validation 4/", "predict"])
+@pytest.mark.parametrize(
+    "at", ["validation 4/", *(pytest.param(at, marks=pytest.mark.slow) for at in ("epoch 2/", "predict"))]
+)
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(manifest, tmp_path, run, at):
     out = tmp_path / "run"
     with pytest.raises(Killed):

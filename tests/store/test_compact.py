@@ -131,7 +131,13 @@ def test_a_source_that_is_written_to_meanwhile(people, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-@pytest.mark.parametrize("step", ["root-written", "group-published", "rows-committed", "copy-verified"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "rows-committed",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("root-written", "group-published", "copy-verified")),
+    ],
+)
 def test_killed_and_called_again(people, tmp_path, upkeep, step):
     out = tmp_path / "out"
     assert upkeep.killed(step, 1, "compact", people, str(out), "people")

@@ -84,7 +84,9 @@ def test_batches_in_flight_come_back_as_they_were():
         np.testing.assert_array_equal(engine.collect(handle)[0], engine(pixels(2, seed=seed))[0])
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("torchvision/resnet18", marks=pytest.mark.slow), "torchvision/squeezenet1_1"]
+)
 def test_bf16_rows_do_not_depend_on_the_batch(name):
     engine = make_engine(tapped_of(body_of(name)), SMALL, precision="bf16")
     (whole,) = engine(pixels(32))
@@ -123,6 +125,7 @@ def test_folding_that_changes_features_is_undone():
     assert isinstance(engine.tapped.module.bn, NORM)
 
 
+@pytest.mark.slow
 def test_bf16_on_real_images_with_pretrained_weights(real_images):
     body, preprocessing = load_body("torchvision/squeezenet1_1", "shipped"), Preprocessing(resize=112, crop=112)
     tapped = tapped_of(body, size=(112, 112))
