@@ -23,7 +23,8 @@ TAP = "penultimate@none"
 def words(manifest: Path, store: Path, precision: str, *more: Any) -> list[str]:
     return [
         "extract", str(manifest), "--store", str(store), "--view", "image=image", "--body", "plugin_extract:slow",
-        "--engine", "torch", "--precision", precision, "--store-dtype", "float32", "--rows-per-chunk", "32", "--batch-size", "16", "--json",
+        "--engine", "torch", "--precision", precision, "--store-dtype", "float32", "--rows-per-chunk", "32",
+        "--batch-size", "16", "--json",
         *map(str, more),
     ]  # fmt: skip
 
