@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ISSUE = {"first": 14.0, "again": 6.0, "unchanged": 4.0}  # seconds on a quiet 2-core machine
+LIMITS = {"first": 14.0, "again": 6.0, "unchanged": 4.0}  # seconds on a quiet 2-core machine
 FLOOR = (sys.executable, "-c", "import torch, torchvision")
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     figures: dict[str, object] = {"benchmark": "startup", "body": chosen.body, "engine": chosen.engine}
     for what in rounds[0]:
         figures |= {f"seconds_{what}": median(what, "seconds"), f"cpu_{what}": median(what, "cpu")}
-    for what, limit in ISSUE.items():
+    for what, limit in LIMITS.items():
         ratio = statistics.median(times[what]["seconds"] / times["torch"]["seconds"] for times in rounds)
         figures |= {f"ratio_{what}": round(ratio, 2), f"limit_seconds_{what}": limit}
     load = os.getloadavg()[0]
