@@ -409,6 +409,7 @@ def test_unchanged_files_are_not_opened(extracted, monkeypatch):
     assert counts(again(extracted)) == (0, N, 0)
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed(extracted, tmp_path):
     store, weights = extracted / "store", extracted / "w.safetensors"
     done = shared().run(

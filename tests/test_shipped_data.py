@@ -142,6 +142,7 @@ def test_groups_follow_from_the_families(rows: Rows, make_emoji: ModuleType) -> 
     assert make_emoji.assign_groups(entries, families) == {row["sample_id"]: row["group"] for row in rows}
 
 
+@pytest.mark.slow
 def test_near_copies_of_one_category_share_a_group(rows: Rows, pictures: dict[str, NDArray[np.uint8]]) -> None:
     category = np.array([row["category"] for row in rows])
     group = np.array([row["group"] for row in rows])

@@ -64,8 +64,8 @@ def test_tasks_without_a_threshold():
 @pytest.mark.parametrize("name", ["sensitivity", "specificity"])
 def test_a_wanted_figure_is_just_reached(name, wanted):
     rng = np.random.default_rng(3)
-    y = rng.integers(0, 2, 200)
-    p = np.round(np.clip(0.3 * y + 0.7 * rng.random(200), 0, 1), 2)
+    y = rng.integers(0, 2, 40)
+    p = np.round(np.clip(0.3 * y + 0.7 * rng.random(40), 0, 1), 2)
     target, scores = Target("binary", ("y",), ("n", "y"), y), np.stack([1 - p, p], axis=1)
     found = choose_threshold(target, scores, at=At(name, wanted))
     assert found["rule"] == f"{name}={wanted:g}"

@@ -219,6 +219,7 @@ FILLED_RECIPE = make_recipe()
 FILES = {"zarr.json": metadata, "index.sqlite": lambda filled: [filled.paths.index]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bits_in_metadata_and_index(ram, name):
     assert damaged(ram, FILES[name], 12, seed=1)[1] >= 1
@@ -246,6 +247,7 @@ def garbage(path: Path) -> None:
     path.write_bytes(b"\xa5" * path.stat().st_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [Path.unlink, cut, cut_to_nothing, garbage], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", ["root", "group", "tap", "key", "index"])
 def test_lost_and_truncated_metadata_and_index(filled, damage, name):

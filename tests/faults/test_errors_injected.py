@@ -70,6 +70,7 @@ def fail_at_every(ram: Path, library: Path, operation: str, error: str, step: in
     return failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_some_operations_fail(ram, faulty_disk, operation):
     fail_at_every(ram, faulty_disk, operation, "ENOSPC" if operation == "write" else "EIO", step=9)
