@@ -44,8 +44,8 @@ from featurecache.config import ExtractConfig
 from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.transforms import resize
 from featurecache.extract import extract
-from featurecache.producer import cores
 from featurecache.progress import Silent
+from featurecache.scouts import cores
 from featurecache.store.store import FeatureStore
 from featurecache.viewsetup import ViewSetup, set_up_view
 

@@ -11,7 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/faults", "tests/store/test_kill.py", "tests/test_kill.py", "tests/store/test_lock.py")
+TESTS = (
+    "tests/faults", "tests/store/test_kill.py", "tests/store/test_rebuild.py", "tests/store/test_lock.py",
+    "tests/test_kill.py",
+)  # fmt: skip
 
 
 def main() -> int:

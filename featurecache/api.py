@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from featurecache.config import ExtractConfig, JointConfig
+from featurecache.config import ExtractConfig, HeadConfig, JointConfig
+from featurecache.crossval import fit_dataset
+from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, did_you_mean
 from featurecache.evaluate import Evaluation, evaluate_own
 from featurecache.evaluate import evaluate as run_evaluate
 from featurecache.extract import Summary
 from featurecache.extract import extract as run_extract
-from featurecache.fit import HeadRun, fit_head
+from featurecache.fit import HeadRun
+from featurecache.fitrecord import Beside
 from featurecache.joint.finetune import finetune_joint as run_joint
 from featurecache.newsamples import NewSamples
 from featurecache.predict import Scored
@@ -57,6 +60,29 @@ def finetune_joint(manifest: str | Path, *, reporter: Reporter | None = None, **
     return run_joint(JointConfig.create({"manifest": manifest, **options}), reporter=reporter)
 
 
+def fit_head(
+    dataset: FeatureDataset, *, cv: int | None = None, reporter: Reporter | None = None, **options: Any
+) -> HeadRun:
+    """Fit a head on cached features, measure it and write a run.
+
+    Args:
+        dataset: with a target.
+        cv: folds of a cross-validation, in the place of one division of the samples.
+        reporter: told of epochs or rounds.
+        options: fields of `featurecache.config.HeadConfig`: `head` (`fc`, `logistic`, `xgboost` or a registered one),
+            `out` (default `runs/<dataset>-<target>-<head>-<n>`), `overwrite`, `settings` of the head, `split` (`auto`
+            or a column that holds train, valid or test), `group` (column of what must stay on one side), `seed` of
+            split and head, `valid` and `test` (shares of the samples), `device`, `bootstrap` (resamples per interval),
+            `at` (decide at `sensitivity=0.95`, say; default Youden's J), `calibrate` (`temperature` or `isotonic`),
+            `images` (how many mistakes the report shows with pictures, or `none`), `about` (a TOML file that says what
+            only a person can state).
+
+    Raises:
+        InputError: an option is not valid, there is no target or no way to split, the run exists.
+    """
+    return fit_dataset(dataset, HeadConfig.create(options, source="fit_head"), Beside(), cv=cv, reporter=reporter)
+
+
 def load_run(path: str | Path) -> Run:
     """Open a run after checking every file of it; a head run (`HeadRun`) can `predict_proba` a FeatureDataset.
 
@@ -96,6 +122,7 @@ def evaluate(
     table: str | Path | None = None,
     at: str | None = None,
     bootstrap: int = 1000,
+    images: int | Literal["none"] = 12,
     reporter: Reporter | None = None,
     **options: Any,
 ) -> Evaluation:
@@ -105,17 +132,18 @@ def evaluate(
         run: a run, or its directory.
         manifest: new samples; None measures the run's own test samples again, which computes nothing.
         by: a column of the manifest (or of `table`): each of its values is measured on its own, too.
-        table: without a manifest, where that column is, by `sample_id`.
+        table: without a manifest, where that column is, by the column `id` (default `sample_id`).
         at: `sensitivity=0.95` or `specificity=0.9`: decide there, as chosen on the run's own validation samples.
         bootstrap: resamples of the groups per interval; 0 for none.
+        images: how many mistakes of new samples the page shows with their pictures, or `none`.
         reporter: told of progress.
         options: as for `predict`.
     """
     opened = run if isinstance(run, Run) else load_run(run)
     if manifest is None:
-        return evaluate_own(opened, by=by, table=table, at=at, bootstrap=bootstrap)
+        return evaluate_own(opened, by=by, table=table, id=options.get("id"), at=at, bootstrap=bootstrap)
     new = new_samples(manifest, options)
-    return run_evaluate(opened, new, by=by, at=at, bootstrap=bootstrap, reporter=reporter)
+    return run_evaluate(opened, new, by=by, at=at, bootstrap=bootstrap, images=images, reporter=reporter)
 
 
 def new_samples(sources: str | Path | Sequence[str | Path], options: dict[str, Any]) -> NewSamples:

@@ -16,6 +16,7 @@ from PIL import Image
 from featurecache.bodies.engines import Engine
 from featurecache.data.preprocessing import stack
 from featurecache.data.readers.base import Decoded, Reader
+from featurecache.data.readers.text import TextReader
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import StoreError
 from featurecache.replicas import DrawnVersion
@@ -25,7 +26,7 @@ KEPT = 256  # values kept per input and tap: enough to see drift, small enough f
 # Relative centred error ||a - b|| / ||b - mean(b)|| beyond which a process may not append. Between correct kernels
 # fp32 features differ by about 1e-6 and low-precision ones by up to 0.014.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.01}
-LIBRARIES = ("featurecache", "torch", "torchvision", "openvino", "timm", "pillow", "numpy", "zarr")
+LIBRARIES = ("featurecache", "torch", "torchvision", "openvino", "timm", "pillow", "pydicom", "numpy", "zarr")
 
 
 def versions() -> dict[str, str]:
@@ -63,10 +64,14 @@ def synthetic_images(size: int = 256) -> list[NDArray[np.uint8]]:
 
 
 def canary_batch(reader: Reader, preprocessing: Preprocessing | DrawnVersion) -> torch.Tensor:
-    """The synthetic inputs as the body gets them: through the image reader where that is the reader of the view."""
+    """The synthetic inputs as the body gets them: through the reader of the view where that reads images or texts."""
     outputs = []
-    for pixels in synthetic_images():
-        if reader.name == "image":
+    for number, pixels in enumerate(synthetic_images()):
+        if isinstance(reader, TextReader):
+            turned = number * len(reader.alphabet) // INPUTS
+            text = f"x{reader.alphabet[turned:]}{reader.alphabet[:turned]}"
+            decoded = reader.decode(text.encode(), {})
+        elif reader.name == "image":
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, format="PNG")
             decoded = reader.decode(buffer.getvalue(), {})

@@ -19,7 +19,7 @@ from featurecache.store.store import FeatureStore
 WAITING = 4  # batches between device and disk
 DUE_EVERY = 5.0  # seconds between looks at whether a commit is due while no batch comes
 LEARNT_EVERY = 5.0  # seconds between commits of stat records and failures,
-LEARNT_MOST = 4096  # or files: what is known of one takes half a kilobyte
+LEARNT_MOST = 1024  # or files: what is known of one takes half a kilobyte
 
 Batch = tuple[NDArray[np.uint8], Mapping[str, NDArray[np.float32]]]
 

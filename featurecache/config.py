@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from featurecache.errors import InputError, MissingFileError, did_you_mean
 
@@ -138,7 +138,7 @@ def _taps(value: Any) -> Any:
     def many(items: Any) -> Any:
         return tuple(one(item) for item in items) if isinstance(items, list | tuple) else (one(items),)
 
-    if isinstance(value, Mapping) and not {"module", "pool"} >= set(value):
+    if isinstance(value, Mapping) and (not value or not {"module", "pool"} >= set(value)):
         return {view: many(items) for view, items in value.items()}
     return {ANY_VIEW: many(value)}
 
@@ -156,6 +156,7 @@ class ManifestConfig(Settings):
     root: Path | None = None
     allow_outside: bool = False
     reader: PerView[str] = {ANY_VIEW: "image"}
+    reader_settings: dict[str, dict[str, Any]] = {}  # by view, or `*`: {"name": {"alphabet": "abc"}}
     box: dict[str, tuple[str, ...]] = {}
     frame: dict[str, str] = {}
     flip_if: dict[str, str] = {}
@@ -231,28 +232,62 @@ class TargetConfig(Settings):
     uncertain: dict[str, Literal["ignore", "zero", "one"]] = {}
 
 
-class FitConfig(SplitConfig, TargetConfig):
+class HeadConfig(SplitConfig):
+    """How a head is fitted and measured, and what its run shows."""
+
+    head: str = "fc"
+    out: Path | None = None
+    overwrite: bool = False
+    settings: dict[str, Any] = {}
+    device: str = "auto"
+    bootstrap: int = 1000
+    at: str | None = None
+    calibrate: Literal["temperature", "isotonic"] | None = None
+    images: Annotated[int, Field(ge=0)] | Literal["none"] = 12
+    about: Path | None = None
+
+
+class FitConfig(HeadConfig, TargetConfig):
     """Stage two."""
 
     store: Path
     dataset: str
-    head: str = "fc"
-    out: Path | None = None
-    overwrite: bool = False
     views: tuple[str, ...] = ()
     tap: PerView[tuple[str, ...]] = {}
     recipe: PerView[str] = {}
     manifest: Path | None = None
     allow_partial: bool = False
     missing: Literal["zero", "drop", "error"] = "zero"
-    settings: dict[str, Any] = {}
     memory: int | Literal["auto"] = "auto"
-    device: str = "auto"
-    bootstrap: int = 1000
     replicas: Literal["all", "none"] = "all"
-    at: str | None = None
-    calibrate: Literal["temperature", "isotonic"] | None = None
     cv: int | None = None
+
+
+class About(Settings):
+    """What only a person can state about a model; what is left out is shown as not stated."""
+
+    intended_use: str = ""
+    users: str = ""
+    out_of_scope: str = ""
+    data_source: str = ""
+    data_dates: str = ""
+    reference_standard: str = ""
+    external_test: str = ""
+    limitations: str = ""
+    licence: str = ""
+    contact: str = ""
+
+
+def _rates(value: Any) -> Any:
+    """`LOWEST:HIGHEST` as two numbers."""
+    if isinstance(value, str) and ":" in value:
+        return tuple(value.split(":"))
+    return value
+
+
+def _sharing(value: Any) -> Any:
+    """True and False, as a flag has them, are all and none."""
+    return {True: "all", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
 
 class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
@@ -265,16 +300,35 @@ class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
     overwrite: bool = False
     resume: bool = False
     init: Path | None = None
-    share_bodies: bool = False
+    share_bodies: Annotated[Literal["all", "stem", "none"], BeforeValidator(_sharing)] = "none"
+    stem: str | None = None  # the last module that views share
     fusion: str = "concat"
+    tap: Annotated[dict[str, tuple[Tap, ...]], BeforeValidator(_taps)] = {}  # default penultimate; spatial: a map
+    detach: bool = False  # the bodies never learn, only what stands on them
+    pairs: bool = False  # samples of one view are compared in pairs
+    train_from: PerView[str] = {}  # what lies above this module learns; what it gives comes from `store`
+    store: Path | None = None
+    store_dtype: Literal["float16", "float32"] = "float16"
+    engine: Engine = "auto"
+    replicas: int = 0
     epochs: int = 5
-    freeze_epochs: int = 1
-    lr: float = 1e-3
-    body_lr: float = 1e-4
+    freeze_epochs: int | None = None  # 1; with `init`, whose head knows the frozen bodies, 0
+    unfreeze: Literal["all", "gradual"] = "all"
+    lr: float | Literal["find"] | None = None  # 1e-3; with `init` 1e-4
+    # Of the lowest layers, or (lowest, highest); a tenth of lr.
+    body_lr: Annotated[float | tuple[float, float] | None, BeforeValidator(_rates)] = None
+    warm_up: float = 0.25
     weight_decay: float = 0.01
     clip: float = 1.0
-    view_dropout: float = 0.1
-    augment: tuple[str, ...] = ("crop", "flip")
+    accumulate: int = 1
+    ema: float = 0.0
+    patience: int | None = None
+    view_dropout: float | None = None  # 0.1; with `init` 0, since its head reads views as they are
+    augment: PerView[tuple[str, ...]] = {ANY_VIEW: ("crop", "flip")}
+    checkpoint_every: str = "10m"
+    checkpoint_activations: bool = False
+    compile: bool = False
+    tensorboard: bool = False
     settings: dict[str, Any] = {}
     missing: Literal["zero", "drop", "error"] = "zero"
     bootstrap: int = 1000

@@ -62,6 +62,7 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         content: per sample the keys of its images as hex, by which leaks are found.
         failed: per view the ids of samples that have an image of it that could not be read: it counts as missing.
         n_dropped: samples of the manifest that are left out.
+        missing: as given.
 
     Raises:
         InputError: names what is wrong and what there is: dataset, views, taps, columns; cells not yet extracted;
@@ -107,6 +108,7 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         kept = choose_samples(self.binding, self.views, held, missing)
         parts = [replace(part, rows=part.rows[kept]) for part in parts]
         self.n_dropped = self.binding.table.height - len(kept)
+        self.missing = missing
         self.table: pl.DataFrame = self.binding.table[kept]
         self.sample_ids: NDArray[np.str_] = self.table["sample_id"].to_numpy().astype(np.str_)
         self.present: NDArray[np.bool_] = held[kept]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache import scouts
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers.base import ReadFailure
@@ -26,8 +27,8 @@ from featurecache.jobs import (
     with_earlier_views,
 )
 from featurecache.keys import Cell, Payload, read_payload
-from featurecache.producer import cores
 from featurecache.progress import Reporter, Silent
+from featurecache.recognise import read_keys
 from featurecache.store.binding import Binding
 from featurecache.store.store import FeatureStore
 from featurecache.viewsetup import check_options
@@ -200,13 +201,20 @@ def hash_cells(job: Job, reporter: Reporter) -> dict[int, str]:
     unread: dict[int, str] = {}
     task = "hash " + "+".join(job.views)
     reporter.begin(task, len(job.todo), "files")
+    left = np.ones(len(job.todo), np.bool_)
+    if len(left) >= scouts.WORTH_IT:
+        for _, places, keys, _ in read_keys(job.todo, np.flatnonzero(job.todo.column("kind") == "file")):
+            where = job.cells.places(job.todo)[places]
+            job.keys.values[where], job.keys.known[where], left[places] = keys, True, False
+            reporter.advance(task, len(places))
+    cells = job.todo.pick(left)  # few, or all that went wrong, with the reason
 
     def key_of(cell: Cell) -> Payload | ReadFailure:
         payload = read_payload(cell)
         return payload if isinstance(payload, ReadFailure) else Payload(b"", payload.key, None)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        for cell, payload in zip(job.todo, pool.map(key_of, job.todo), strict=True):
+    with ThreadPoolExecutor(scouts.cores()) as pool:
+        for cell, payload in zip(cells, pool.map(key_of, cells), strict=True):
             reporter.advance(task)
             if isinstance(payload, ReadFailure):
                 unread[cell.index] = f"can't be read: {payload.message}"

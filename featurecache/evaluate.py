@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -21,12 +21,16 @@ from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, did_you_mean
 from featurecache.evaluation.subgroups import Subgroup, by_subgroup
 from featurecache.evaluation.threshold import At
+from featurecache.mistakes import write_mistakes
 from featurecache.newsamples import NewSamples, is_table, manifest_config
 from featurecache.predict import Scored, score_samples
 from featurecache.predictions import Predictions
 from featurecache.progress import Reporter
 from featurecache.record import dump_json
-from featurecache.results import find_threshold, make_predictions, measure, to_target
+from featurecache.recorded import read_recipe
+from featurecache.reporting.report import write_evaluation_report
+from featurecache.reporting.thumbnails import Pictures
+from featurecache.results import curves_of, find_threshold, make_predictions, measure, to_target
 from featurecache.run import Run
 
 FOLDER = "evaluations"
@@ -60,13 +64,15 @@ def evaluate(
     by: str | None = None,
     at: str | None = None,
     bootstrap: int = 1000,
+    images: int | Literal["none"] = 12,
     reporter: Reporter | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Score new samples and compare with their labels, by the run's own threshold.
 
-    Writes metrics.json, predictions.csv and evaluation.json into RUN/evaluations/<stem of the manifest>/, in the place
-    of what an earlier evaluation of that name left.
+    Writes metrics.json, predictions.csv, curves.json, evaluation.json and report.html into RUN/evaluations/<stem of the
+    manifest>/, with `-by-COLUMN` and `-at-...` behind it where they are given, in the place of what an earlier
+    evaluation of that name left.
 
     Args:
         run: a fitted run.
@@ -75,6 +81,7 @@ def evaluate(
         at: decide at a fixed sensitivity or specificity (`sensitivity=0.95`); the threshold is chosen on the run's own
             validation samples. Default the run's threshold.
         bootstrap: resamples of the groups per interval.
+        images: how many mistakes the page shows with their pictures, or `none`.
         reporter: told of progress.
         seed: of the resampling.
 
@@ -107,17 +114,22 @@ def evaluate(
     )
     column = as_text(scored.table[by]).to_list() if by is not None else None
     source = Path(os.path.abspath(new.sources[0]))
-    about = {"manifest": source.name, "n": len(scored.sample_ids), "failed": scored.failures}
-    found = _measured(run, predictions, threshold, by, column, source.stem, about, bootstrap=bootstrap, seed=seed)
+    about: dict[str, Any] = {"manifest": source.name, "n": len(scored.sample_ids), "notes": []}
+    about["failed"] = [{**failure, "path": Path(failure["path"]).name} for failure in scored.failures]
     # The head of a cross-validation was fitted on all samples in the end, though each is a test sample of one fold.
     held_out = run.arrays.splits == ("" if run.record.get("cv") else SPLIT)
     trained = set(run.arrays.sample_ids[~held_out].tolist()) & set(scored.sample_ids.tolist())
     if trained:
-        found.notes.append(
+        about["notes"].append(
             f"{len(trained):,} of these samples have the ids of samples that the run was fitted or tuned on: "
             "figures on them say too much"
         )
-    return Evaluation(found.path, found.metrics, scored, found.subgroups, found.notes)
+    name = folder_name(source.stem, by, at)
+    found = _measured(
+        run, predictions, threshold, by, column, name, about, bootstrap=bootstrap, seed=seed, images=images,
+        pictures=lambda: new_pictures(run, new),
+    )  # fmt: skip
+    return replace(found, scored=scored)
 
 
 def evaluate_own(
@@ -125,6 +137,7 @@ def evaluate_own(
     *,
     by: str | None = None,
     table: str | Path | None = None,
+    id: str | None = None,
     at: str | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -134,7 +147,9 @@ def evaluate_own(
     Args:
         run: a fitted run.
         by: a column of `table`.
-        table: CSV or Parquet with `sample_id` and the column, such as the manifest that the run was fitted on.
+        table: CSV or Parquet with the samples' ids and the column, such as the manifest that the run was fitted on; a
+            sample may stand in several rows.
+        id: the table's column of ids; default `sample_id`.
         at: see `evaluate`.
         bootstrap: see `evaluate`.
         seed: see `evaluate`.
@@ -152,10 +167,17 @@ def evaluate_own(
             raise InputError(
                 f"--by {by}: say with --table where the column is (the manifest of the run), or give MANIFEST"
             )
-        column = joined_column(Path(table), by, predictions.sample_ids.tolist())
-    stem = "test" + (f"-by-{by}" if by else "") + (f"-at-{at}" if at else "")
-    about: dict[str, Any] = {"manifest": None, "n": len(predictions.sample_ids), "failed": []}
-    return _measured(run, predictions, threshold, by, column, stem, about, bootstrap=bootstrap, seed=seed)
+        column = joined_column(Path(table), by, predictions.sample_ids.tolist(), id or "sample_id")
+    about: dict[str, Any] = {"manifest": None, "n": len(predictions.sample_ids), "notes": [], "failed": []}
+    return _measured(
+        run, predictions, threshold, by, column, folder_name("own-test", by, at), about, bootstrap=bootstrap, seed=seed
+    )
+
+
+def folder_name(stem: str, by: str | None, at: str | None) -> str:
+    """`external`, `external-by-site-at-sensitivity=0.95`: another question does not replace the answer before."""
+    name = stem + (f"-by-{by}" if by else "") + (f"-at-{at}" if at else "")
+    return re.sub(r"[^\w.=+-]+", "_", name)
 
 
 def decision(run: Run, at: str | None) -> Mapping[str, Any]:
@@ -175,17 +197,17 @@ def check_column(table: pl.DataFrame, by: str, source: str | Path) -> None:
         raise InputError(f"{source}: no column {by!r}.{near} Columns: {', '.join(table.columns[:20])}")
 
 
-def joined_column(path: Path, by: str, ids: Sequence[str]) -> list[str | None]:
+def joined_column(path: Path, by: str, ids: Sequence[str], id_column: str = "sample_id") -> list[str | None]:
     """A column of a table for these samples.
 
     Raises:
-        InputError: no `sample_id` or no such column, or samples that are missing or there twice with other values.
+        InputError: no such columns, or samples that are missing or there twice with other values.
     """
     table = read_source(path).frame
-    for name in ("sample_id", by):
+    for name in (id_column, by):
         check_column(table, name, path)
     values: dict[str, str | None] = {}
-    pairs = zip(as_text(table["sample_id"]).to_list(), as_text(table[by]).to_list(), strict=True)
+    pairs = zip(as_text(table[id_column]).to_list(), as_text(table[by]).to_list(), strict=True)
     for name, value in pairs:
         if name is not None and values.setdefault(name, value) != value:
             raise InputError(f"{path}: sample {name!r} has several values of {by!r}: {values[name]!r} and {value!r}")
@@ -201,35 +223,49 @@ def _measured(
     threshold: Mapping[str, Any],
     by: str | None,
     column: Sequence[str | None] | None,
-    stem: str,
+    name: str,
     about: Mapping[str, Any],
     *,
     bootstrap: int,
     seed: int,
+    images: int | Literal["none"] = "none",
+    pictures: Callable[[], Pictures] | None = None,
 ) -> Evaluation:
-    """Metrics of predictions, all of them test samples, written into RUN/evaluations/<stem>/."""
+    """Metrics of predictions, all of them test samples, written into RUN/evaluations/<name>/."""
     metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
     subgroups: list[Subgroup] = []
     if column is not None:
-        value = threshold["value"]
         subgroups = by_subgroup(
             to_target(predictions), predictions.scores, predictions.groups, column,
-            threshold=value, n=bootstrap, seed=seed,
+            threshold=predictions.cut(threshold), n=bootstrap, seed=seed,
         )  # fmt: skip
         metrics["by"] = {"column": by, "subgroups": {part.value: part.to_json() for part in subgroups}}
-    path = run.path / FOLDER / re.sub(r"[^\w.=+-]+", "_", stem)
+    path = run.path / FOLDER / name
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
         made = Path(scratch) / path.name
         made.mkdir()
-        predictions.table(threshold["value"]).write_csv(made / "predictions.csv")
+        predictions.table(predictions.cut(threshold)).write_csv(made / "predictions.csv")
         (made / "metrics.json").write_text(dump_json(metrics), encoding="utf-8")
         record = {"schema": 1, **about, "by": by, "threshold": dict(threshold)}
         (made / "evaluation.json").write_text(dump_json(record), encoding="utf-8")
+        if predictions.task != "regression":
+            curves = curves_of(predictions, threshold, bootstrap=bootstrap, seed=seed)
+            (made / "curves.json").write_text(dump_json(curves), encoding="utf-8")
+        write_mistakes(made, predictions, threshold, {}, images=images, pictures=pictures)
+        write_evaluation_report(made, run.path, run.record, name=f"{run.path.name}: {name}")
         if path.exists():
             shutil.rmtree(path)
         os.replace(made, path)
-    return Evaluation(path, metrics, None, subgroups, notes=[])
+    return Evaluation(path, metrics, None, subgroups, list(about["notes"]))
+
+
+def new_pictures(run: Run, new: NewSamples) -> Pictures:
+    """The pictures of new samples."""
+    with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
+        manifest = read_manifest(manifest_config(run, new, Path(scratch)))
+    recipes = {view: read_recipe(entry) for view, entry in run.recipes.items() if view in run.views}
+    return Pictures.of_manifest(manifest, recipes)
 
 
 def read_labels(run: Run, new: NewSamples) -> tuple[pl.DataFrame, Target]:

@@ -13,17 +13,16 @@ from featurecache.extraction import Extraction
 from featurecache.jobs import (
     Job,
     check_replaced,
-    list_failures,
-    make_binding,
     plan_jobs,
     plan_replicas,
     set_up_views,
     with_earlier_views,
-    write_failures,
 )
+from featurecache.outcome import list_failures, make_binding, write_failures
 from featurecache.producer import Seconds
 from featurecache.progress import Reporter, Silent
 from featurecache.store.store import FeatureStore
+from featurecache.survey import Survey
 from featurecache.viewsetup import check_engines, check_options
 
 
@@ -72,12 +71,13 @@ class Summary:
         }
 
 
-def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
+def extract(config: ExtractConfig, reporter: Reporter | None = None, survey: Survey | None = None) -> Summary:
     """Run stage one.
 
     Args:
         config: what to read, which bodies and taps, where to store.
         reporter: told of progress.
+        survey: of this configuration, begun while this module was imported.
 
     Returns:
         Counts and times. Failed cells are listed in `failures` and in STORE/failures.csv.
@@ -89,19 +89,24 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
         KeyboardInterrupt: passed on, after what was complete has been committed and bound.
     """
     start = time.perf_counter()
-    reporter = reporter or Silent()
+    with survey or Survey(config) as begun:
+        return _extract(config, reporter or Silent(), begun, start)
+
+
+def _extract(config: ExtractConfig, reporter: Reporter, survey: Survey, start: float) -> Summary:
     check_options(config)
-    manifest = read_manifest(config)
+    manifest = survey.manifest()
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
     check_engines(config, setups.values())
+    survey.wait_for_store()
     with FeatureStore.create_or_open(config.store, write=True) as store:
         previous = store.binding(name) if name in store.bindings() else None
         check_replaced(previous, manifest, name, replace=config.replace)
         merged = with_earlier_views(config, previous, manifest)
         if merged is not config:
             manifest = read_manifest(merged)
-        jobs = plan_jobs(config, manifest, setups, store)
+        jobs = plan_jobs(config, manifest, setups, store, survey.unchanged())
         seconds = Seconds()
         work = [Extraction(job, config, store, seconds, reporter) for job in jobs]
         replicas: list[Job] = []
@@ -121,7 +126,8 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None) -> Summary:
                     work[-1].run()
         finally:  # also on Ctrl-C: what was committed is bound, so that the next run goes on from there
             earlier = None if config.replace else previous
-            binding = make_binding(name, manifest, merged, jobs, earlier)
+            held = {info.id for info in store.recipes() if info.rows}
+            binding = make_binding(name, manifest, merged, jobs, earlier, held)
             if previous is None or not binding.same(previous):
                 store.bind(binding, replace=True)
             failures = list_failures(manifest, [*jobs, *replicas])

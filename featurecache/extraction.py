@@ -20,12 +20,14 @@ from featurecache.data.readers.base import ReadFailure
 from featurecache.errors import DependencyError, FeatureCacheError, InputError, StoreError
 from featurecache.jobs import Job, remembered_failures
 from featurecache.keys import StoredKeys, key_array
-from featurecache.producer import Claims, Clock, Item, Seconds, cores, one_line, produce
+from featurecache.producer import Claims, Clock, Item, Seconds, one_line, produce
 from featurecache.progress import Reporter
+from featurecache.recognise import recognise
+from featurecache.scouts import cores
 from featurecache.store.store import FeatureStore, RecipeInfo
 
 TRIAL_FROM = 256  # images; below that a trial of batch sizes costs more than it saves
-SMALL_BATCH = 16
+SMALL_BATCH = 8  # costs a CPU less than 16, see bodies.engines.trial
 MOST_WAITING = 2**30  # bytes of images that wait for the device, but at least two batches
 READ_RATE = 500e6  # bytes/s at which a local disk gives features back
 
@@ -88,6 +90,7 @@ class Extraction:
         job = self.job
         assert job.info is not None  # prepare has seen to it
         before = job.info
+        recognise(job, self.store, self.learnt, self.seconds, self.reporter)
         self.stored = StoredKeys(self.store, job.recipe.id, before.rows, len(job.todo), job.number)
         workers = cores() if self.config.workers == "auto" else self.config.workers
         channels, (height, width) = job.setup.preprocessing.channels, job.setup.size

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Permutation = Callable[[int], NDArray[np.int64]]
 CHUNK_BYTES = 16 << 20  # of float32 rows at a time where all of them are gone through
 MOST_ROWS = 4096
+GROUP_BYTES = 64 << 20  # of rows as stored that are shuffled among each other in an epoch, unless a head chooses
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Stored(Protocol):
     def buffer_rows(self) -> int | None:
         """Rows that may be held to shuffle among; None where random rows are read as fast as neighbours."""
 
-    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The same as indexing, in `dtype`."""
+    def gather(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The same as indexing, in `dtype`; put into `out`, (len(rows), n_features), if given."""
 
     @property
     def in_ram(self) -> bool:
@@ -101,9 +102,14 @@ def as_float32(x: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(x, dtype=np.float32)
 
 
-def gather(features: Features, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """Rows in the dtype that they are stored in, where the features say so, else float32."""
-    return features.gather(rows) if isinstance(features, Stored) else features[rows]
+def gather(features: Features, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Rows in the dtype that they are stored in, where the features say so, else float32; in `out` if given."""
+    if isinstance(features, Stored):
+        return features.gather(rows, out)
+    if out is None:
+        return features[rows]
+    out[:] = features[rows]
+    return out
 
 
 def chunk_rows(width: int) -> int:
@@ -111,11 +117,23 @@ def chunk_rows(width: int) -> int:
     return min(max(CHUNK_BYTES // (4 * width), 1), MOST_ROWS)
 
 
+def group_rows(features: Features) -> int:
+    """Rows that are shuffled among each other: the same however the features are read, so that the order is too."""
+    stored = features if isinstance(features, Stored) else None
+    row_bytes = features.shape[1] * (4 if stored is None else stored.dtype.itemsize)
+    found = max(GROUP_BYTES // row_bytes, 1)
+    return found if stored is None or stored.buffer_rows is None else min(found, stored.buffer_rows)
+
+
 def complete(features: Features, rows: NDArray[np.int64]) -> bool:
     """Whether all of these rows have all views; asked, or else found out by reading them."""
-    if isinstance(features, Stored):
-        return features.complete(rows)
+    return features.complete(rows) if isinstance(features, Stored) else complete_by_reading(features, rows)
+
+
+def complete_by_reading(features: Features, rows: NDArray[np.int64]) -> bool:
+    """Whether all of these rows have all views."""
     size = chunk_rows(features.shape[1])
+    rows = np.sort(rows)
     return all(bool(present(features[rows[i : i + size]], features.blocks).all()) for i in range(0, len(rows), size))
 
 

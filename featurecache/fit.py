@@ -12,22 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurecache.bodies.registry import RUN_PREFIX
-from featurecache.config import FitConfig, SplitConfig
-from featurecache.data.splits import group_column, make_splits, sample_groups
+from featurecache.config import FitConfig, HeadConfig
+from featurecache.data.splits import make_splits, sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError
 from featurecache.evaluation.recalibration import Calibration, Method, check_method, fit_calibration
 from featurecache.evaluation.threshold import At
 from featurecache.features import Features
+from featurecache.fitrecord import NOTHING, Beside, finish_head, read_about, run_path, target_of
+from featurecache.fusion import get_fusion
 from featurecache.heads.base import Fold, Head, get_head, load_head
-from featurecache.heads.importance import write_importance
 from featurecache.progress import Reporter, Silent
+from featurecache.rearranged import WithoutView
 from featurecache.recorded import read_recipe, recipe_differences
-from featurecache.results import finish_run, write_results
-from featurecache.run import Run, RunWriter, default_run_path, load_run
+from featurecache.results import write_results
+from featurecache.run import Run, RunWriter, load_run
 from featurecache.store.recipe import Recipe
+
+MOST_ASKED = 20_000  # samples that are shown to the head once more, a view at a time
 
 
 class HeadRun(Run):
@@ -129,76 +132,52 @@ def list_blocks(blocks: list[tuple[str, str, tuple[int, ...]]]) -> str:
 def fit_head(
     dataset: FeatureDataset,
     *,
-    head: str = "fc",
-    out: str | Path | None = None,
-    split: str = "auto",
-    group: str | None = None,
-    seed: int = 0,
-    valid: float = 0.15,
-    test: float = 0.15,
-    settings: Mapping[str, Any] | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    bootstrap: int = 1000,
-    at: str | None = None,
-    calibrate: Method | None = None,
-    config: Mapping[str, Any] | None = None,
     command: str = "",
+    config: Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
-    extra: Mapping[str, Any] | None = None,
-    files: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> HeadRun:
-    """Fit a head on a dataset and write a run.
+    """`fit_once` with the fields of `featurecache.config.HeadConfig` as keyword arguments.
 
     Args:
         dataset: with a target.
-        head: `fc`, `logistic`, `xgboost` or a registered one.
-        out: run directory; default `runs/<dataset>-<target>-<head>-<n>`.
-        split: `auto`, or a column that holds train, valid or test.
-        group: column of what must stay on one side; default the column `group` where there is one.
-        seed: of the split and of the head.
-        valid: share of the samples for early stopping and threshold.
-        test: share of the samples for the figures that count.
-        settings: the head's own.
-        device: where the head computes.
-        overwrite: replace an existing run.
-        bootstrap: resamples of the groups per interval.
-        at: decide at a fixed sensitivity or specificity, as in `sensitivity=0.95`; default Youden's J. The threshold is
-            chosen on validation.
-        calibrate: `temperature` or `isotonic`: put probabilities right, fitted on validation only.
-        config: recorded in the run, as the command line gave it.
         command: recorded in the run.
+        config: recorded in the run in the place of the options.
         reporter: told of epochs or rounds.
-        extra: more entries of run.json, such as how the settings were found.
-        files: more files of the run, by name.
+        options: see `featurecache.fit_head`.
+    """
+    return fit_once(dataset, HeadConfig.create(options, source="fit_head"), Beside(command, config), reporter=reporter)
+
+
+def fit_once(
+    dataset: FeatureDataset, config: HeadConfig, beside: Beside = NOTHING, *, reporter: Reporter | None = None
+) -> HeadRun:
+    """Fit a head on one division of the samples and write a run.
+
+    The decision threshold is chosen on validation samples, and so is a calibration.
 
     Raises:
         InputError: no target, no way to split, unknown head or setting, an existing run.
     """
     reporter = reporter or Silent()
     target = target_of(dataset)
-    decide_at = check_decision(target, at, calibrate)
-    divide = SplitConfig.create(
-        {"split": split, "group": group, "seed": seed, "valid": valid, "test": test}, source="split"
+    decide_at = check_decision(target, config.at, config.calibrate)
+    about = read_about(config.about)
+    estimator = get_head(config.head)(
+        config.settings, seed=config.seed, device=torch_device(config.device), memory=dataset.memory
     )
-    estimator = get_head(head)(settings or {}, seed=seed, device=torch_device(device), memory=dataset.memory)
     source = dataset.binding.manifest_path
-    splits = make_splits(dataset.table, target, divide, content=dataset.content, source=source)
-    if not (splits == "valid").any() and (decide_at is not None or calibrate is not None):
-        wanted = f"--at {decide_at}" if decide_at is not None else f"--calibrate {calibrate}"
-        raise InputError(f"{source}: {wanted} needs validation samples, and column {split!r} marks none")
-    groups = sample_groups(dataset.table, divide.group)
-    path = Path(out) if out is not None else default_run_path(dataset.binding.name, target.names, head)
-    with RunWriter(path, kind="head", overwrite=overwrite) as writer:
+    splits = make_splits(dataset.table, target, config, content=dataset.content, source=source)
+    if not (splits == "valid").any() and (decide_at is not None or config.calibrate is not None):
+        wanted = f"--at {decide_at}" if decide_at is not None else f"--calibrate {config.calibrate}"
+        raise InputError(f"{source}: {wanted} needs validation samples, and column {config.split!r} marks none")
+    groups = sample_groups(dataset.table, config.group)
+    with RunWriter(run_path(dataset, config), kind="head", overwrite=config.overwrite) as writer:
         start = time.perf_counter()
         fit_rows(estimator, dataset, splits, reporter)
         seconds = round(time.perf_counter() - start, 3)
         scores = estimator.score_rows(dataset.features)
-        scores, calibration = calibrated(target, scores, splits, calibrate)
-        estimator.save(writer.path)
-        write_importance(writer.path, estimator)
-        for name, text in (files or {}).items():
-            (writer.path / name).write_text(text, encoding="utf-8")
+        scores, calibration = calibrated(target, scores, splits, config.calibrate)
         results = write_results(
             writer.path,
             target=target,
@@ -209,29 +188,39 @@ def fit_head(
             views=dataset.views,
             present=dataset.present,
             history=estimator.history_,
-            bootstrap=bootstrap,
-            seed=seed,
+            bootstrap=config.bootstrap,
+            seed=config.seed,
             at=decide_at,
         )
-        run = finish_run(
-            writer,
-            {
-                **dataset_record(dataset, divide),
-                **head_record(estimator, results.threshold, calibration),
-                "command": command,
-                "config": dict(config or {"head": head, **divide.model_dump(mode="json")}),
-                "seconds_fit": seconds,
-                **dict(extra or {}),
-            },
-        )
+        single = single_views(estimator, dataset, splits, calibration)
+        run = finish_head(
+            writer, dataset, estimator, config, beside, results, calibration,
+            {"seconds_fit": seconds}, splits, about, single,
+        )  # fmt: skip
     return HeadRun(run.path, run.record)
 
 
-def target_of(dataset: FeatureDataset) -> Target:
-    """The dataset's target, refused where there is none."""
-    if dataset.target is None:
-        raise InputError("the dataset has no target: give target=COLUMN")
-    return dataset.target
+def single_views(
+    head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], calibration: Calibration | None
+) -> dict[str, NDArray[np.float64]]:
+    """By view the scores (n, outputs) where the head gets that view alone; NaN where there is none or it isn't asked.
+
+    Test samples are asked, the first of them where there are many: they serve to show some.
+    """
+    found = {}
+    test = np.flatnonzero(splits == "test")[:MOST_ASKED]
+    for number, view in enumerate(dataset.views if len(dataset.views) > 1 else ()):
+        features: Features = dataset.features
+        for other in dataset.views:
+            features = features if other == view else WithoutView(features, other)
+        scores = np.full((len(dataset), len(head.outputs)), np.nan)
+        rows = test[dataset.present[test, number]].astype(np.int64)
+        if len(rows):
+            said = head.score_rows(features, rows)
+            exclusive = bool(target_of(dataset).classes)
+            scores[rows] = said if calibration is None else calibration.apply(said, exclusive=exclusive)
+        found[view] = scores
+    return found
 
 
 def check_decision(target: Target, at: str | None, calibrate: Method | None) -> At | None:
@@ -260,39 +249,6 @@ def calibrated(
     return calibration.apply(scores, exclusive=bool(target.classes)), calibration
 
 
-def head_record(head: Head, threshold: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
-    """What run.json says of the head."""
-    return {
-        "head": {"name": head.name, "settings": head.settings.model_dump(mode="json")},
-        "skipped": list(head.skipped_),
-        "threshold": threshold,
-        "calibration": calibration.to_json() if calibration is not None else None,
-    }
-
-
-def dataset_record(dataset: FeatureDataset, divide: SplitConfig) -> dict[str, Any]:
-    """What run.json says of the data: target, views, recipes, and all that `predict` needs for new samples."""
-    target = target_of(dataset)
-    unread = {name for ids in dataset.failed.values() for name in ids} - set(dataset.sample_ids.tolist())
-    return {
-        "task": target.task,
-        "classes": list(target.classes),
-        "targets": list(target.names),
-        "views": list(dataset.views),
-        "recipes": recorded_recipes(dataset),
-        "binding": {"dataset": dataset.binding.name, "digest": dataset.binding.digest},
-        "split": {**divide.model_dump(mode="json"), "group": group_column(dataset.table, divide.group)},
-        "tap": {view: [b.tap for b in dataset.blocks if b.view == view] for view in dataset.views},
-        "body_config": body_options(dataset),
-        "manifest_config": dict(dataset.binding.config.get("manifest", {})),
-        "target_config": dataset.target_config,
-        "replicas": dataset.replicas.to_json() if dataset.replicas is not None else None,
-        "n_dropped": dataset.n_dropped - len(unread),
-        "n_failed": len(unread),
-        "failed_views": {view: len(ids) for view, ids in dataset.failed.items() if ids},
-    }
-
-
 def open_dataset(config: FitConfig) -> FeatureDataset:
     """The dataset that a configuration of stage two names."""
     return FeatureDataset(
@@ -314,6 +270,7 @@ def open_dataset(config: FitConfig) -> FeatureDataset:
 
 def fit_rows(head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], reporter: Reporter) -> None:
     """Fit on the training rows and their replicas, with the validation rows beside; test rows are never looked at."""
+    check_fusion(head, dataset)
     rows = {side: np.flatnonzero(splits == side).astype(np.int64) for side in ("train", "valid")}
     train = training_fold(dataset, rows["train"], dataset.features)
     valid = Fold(dataset.features, rows["valid"], target_of(dataset).subset(rows["valid"]))
@@ -328,6 +285,18 @@ def fit_rows(head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], repo
     reporter.end(task)
 
 
+def check_fusion(head: Head, dataset: FeatureDataset) -> None:
+    """Refuse views whose images don't correspond as the head's fusion needs them to.
+
+    Raises:
+        InputError: says how they were brought to size.
+    """
+    name = getattr(head.settings, "fusion", None)
+    if name is not None:
+        recipes = {view: recipe.fields["preprocessing"] for view, recipe in dataset.recipes.items()}
+        get_fusion(name).check_preprocessing(recipes)
+
+
 def training_fold(dataset: FeatureDataset, rows: NDArray[np.int64], features: Features) -> Fold:
     """Rows of `features` (the dataset's, wherever they are held) to train on, and their replicas where there are."""
     target = target_of(dataset)
@@ -335,29 +304,6 @@ def training_fold(dataset: FeatureDataset, rows: NDArray[np.int64], features: Fe
         return Fold(features, rows, target.subset(rows))
     every, owners = dataset.replicas.rows_of(rows)
     return Fold(dataset.replicas.features, every, target.subset(owners))
-
-
-def body_options(dataset: FeatureDataset) -> dict[str, Any]:
-    """How the dataset's bodies were named, so that new samples can go through them; `predict` finds the files again."""
-    config = dataset.binding.config
-    options = dict(config.get("body", {}))
-    for option, prefix in (("weights", ""), ("body", RUN_PREFIX)):
-        options[option] = {
-            view: absolute(value, prefix) for view, value in options.get(option, {}).items() if view in dataset.views
-        }
-    return {**options, "seed": config.get("seed")}
-
-
-def absolute(value: str, prefix: str) -> str:
-    """A path as it will be found from elsewhere (the record makes it relative to the run), any other name as it is."""
-    path = Path(value.removeprefix(prefix))
-    there = value.startswith(prefix) and (path.is_dir() if prefix else path.is_file())
-    return f"{prefix}{path.resolve()}" if there else value
-
-
-def recorded_recipes(dataset: FeatureDataset) -> dict[str, dict[str, Any]]:
-    """Per view the whole recipe and its digest."""
-    return {view: {"digest": recipe.digest, "recipe": recipe.to_json()} for view, recipe in dataset.recipes.items()}
 
 
 def torch_device(device: str) -> str:

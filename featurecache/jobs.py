@@ -1,10 +1,8 @@
-"""What stage one has to do: cells grouped by recipe, what the store knows of each, and the binding that joins them."""
+"""What stage one has to do: cells grouped by recipe, and what the store knows of each."""
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +12,19 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.config import BodyConfig, ExtractConfig, ManifestConfig, for_view
+from featurecache.config import ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
-from featurecache.keys import Cell, Cells, Keys, last_keys, present_cells, unchanged
+from featurecache.keys import Cell, Cells, Keys, last_keys, present_cells
+from featurecache.keys import unchanged as unchanged_keys
 from featurecache.replicas import Replica, augmentation
-from featurecache.store.binding import STATES, Binding, key_series
+from featurecache.store.binding import Binding
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore, RecipeInfo
-from featurecache.viewsetup import RUN_PREFIX, EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
+from featurecache.viewsetup import EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
 
 # What decides how a manifest is read as a whole: views that are read in different ways can't stand in one dataset.
 WHOLE = ("layout", "view_column", "path_column", "multi", "id", "root")
-FAILURE_COLUMNS = ("sample_id", "view", "path", "error")
 
 
 @dataclass
@@ -139,9 +137,21 @@ def set_up_views(config: ExtractConfig, views: tuple[str, ...]) -> dict[str, Vie
 
 
 def plan_jobs(
-    config: ExtractConfig, manifest: Manifest, setups: Mapping[str, ViewSetup], store: FeatureStore | None
+    config: ExtractConfig,
+    manifest: Manifest,
+    setups: Mapping[str, ViewSetup],
+    store: FeatureStore | None,
+    unchanged: pl.DataFrame | None = None,
 ) -> list[Job]:
-    """Group the views by recipe and look up what is there. Reads no payload, writes nothing."""
+    """Group the views by recipe and look up what is there. Reads no payload, writes nothing.
+
+    Args:
+        config: of stage one.
+        manifest: that lists the images.
+        setups: of its views.
+        store: None where there is none yet.
+        unchanged: what is known already of the files whose stat is what it was, see `Survey.unchanged`.
+    """
     jobs: dict[str, Job] = {}
     for view, setup in setups.items():
         choice = choose_engine(config, setup, store)
@@ -158,7 +168,9 @@ def plan_jobs(
         jobs[recipe.digest] = Job(setup, choice, recipe, views, cells, held)
     if store is not None:
         for job in jobs.values():
-            look_up(job, store, check=config.check, retry_failed=config.retry_failed)
+            if config.check == "stat":
+                job.keys = unchanged_keys(job.cells, store, unchanged)
+            sort_out(job, store, retry_failed=config.retry_failed)
     return list(jobs.values())
 
 
@@ -169,13 +181,6 @@ def best_held(recipe: Recipe, cells: Cells, store: FeatureStore) -> RecipeInfo |
         return found[0] if found else None
     keys = last_keys(cells, store)
     return max(found, key=lambda info: int(held_keys(keys, info.id, store).sum()))
-
-
-def look_up(job: Job, store: FeatureStore, *, check: str, retry_failed: bool) -> None:
-    """Fill `keys`, where files are recognised, and all that follows from them."""
-    if check == "stat":
-        job.keys = unchanged(job.cells, store)
-    sort_out(job, store, retry_failed=retry_failed)
 
 
 def sort_out(job: Job, store: FeatureStore, *, retry_failed: bool) -> None:
@@ -265,7 +270,7 @@ def with_earlier_views(config: ExtractConfig, previous: Binding | None, manifest
         )
     update: dict[str, Any] = {"views": {**{view: before.views[view] for view in earlier}, **config.views}}
     update["reader"] = {**config.reader, **{view: for_view(before.reader, view, "image") for view in earlier}}
-    for name in ("box", "frame", "flip_if"):
+    for name in ("box", "frame", "flip_if", "reader_settings"):
         old = getattr(before, name)
         update[name] = {**getattr(config, name), **{view: old[view] for view in earlier if view in old}}
     return config.model_copy(update=update)
@@ -274,119 +279,3 @@ def with_earlier_views(config: ExtractConfig, previous: Binding | None, manifest
 def _comparable(config: ManifestConfig, name: str) -> Any:
     value = getattr(config, name)
     return value.resolve() if isinstance(value, Path) else value
-
-
-def make_binding(
-    name: str, manifest: Manifest, config: ExtractConfig, jobs: list[Job], previous: Binding | None
-) -> Binding:
-    """The join of this manifest with the store: key and state per cell, one recipe per view."""
-    keys = Keys(manifest.cells.height)
-    absent, pending, failed, done = map(STATES.index, ("absent", "pending", "failed", "done"))
-    states = np.where(manifest.cells["value"].is_null(), absent, pending)
-    recipes: dict[str, str] = {}
-    for job in jobs:
-        recipes |= dict.fromkeys(job.views, job.recipe.id)
-        keys.values[job.cells.indices], keys.known[job.cells.indices] = job.keys.values, job.keys.known
-        # What may yet be read must not pass for a missing view.
-        states[list(job.failures.keys() - job.transient)] = failed
-        states[job.cells.indices[job.done]] = done
-    cells = manifest.cells.select("sample", "view", "ordinal").with_columns(
-        key_series(keys.values, keys.known), pl.Series("state", STATES).gather(states)
-    )
-    if previous is not None:
-        cells, recipes = keep_earlier(cells, manifest, recipes, previous)
-    return Binding(
-        name=name,
-        manifest_path=str(manifest.path),
-        manifest_digest=manifest.digest,
-        table=manifest.table,
-        config=binding_config(config, jobs, previous),
-        recipes=recipes,
-        multi=config.multi,
-        cells=cells,
-    )
-
-
-def keep_earlier(
-    cells: pl.DataFrame, manifest: Manifest, recipes: dict[str, str], previous: Binding
-) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Cells of views that this run did not touch keep what the earlier binding knew of them.
-
-    Only where the manifest is the very same file; else they stay pending.
-    """
-    kept = {view: recipe for view, recipe in previous.recipes.items() if view in manifest.views and view not in recipes}
-    if not kept or previous.manifest_digest != manifest.digest:
-        return cells, {**kept, **recipes}
-    earlier = previous.cells.filter(pl.col("view").is_in(list(kept))).rename({"key": "old_key", "state": "old_state"})
-    joined = cells.join(earlier, on=["sample", "view", "ordinal"], how="left", maintain_order="left")
-    cells = joined.select(
-        "sample",
-        "view",
-        "ordinal",
-        pl.coalesce("old_key", "key").alias("key"),
-        pl.coalesce("old_state", "state").alias("state"),
-    )
-    return cells, {**kept, **recipes}
-
-
-def binding_config(config: ExtractConfig, jobs: list[Job], previous: Binding | None) -> dict[str, Any]:
-    """How the manifest is read, and per view the options of its body: enough to do the same to new samples.
-
-    `{"manifest": ManifestConfig, "body": BodyConfig, "seed": int or None, "replicas": {view: {"recipe": id, "count":
-    how many}}}` as plain JSON values; every option of `body` is given per view.
-    """
-    values = config.model_dump(mode="json")
-    earlier = previous.config.get("body", {}) if previous is not None else {}
-    body: dict[str, Any] = {"trust_factory": values["trust_factory"]}
-    for name in set(BodyConfig.model_fields) - {"trust_factory"}:
-        chosen = {view: for_view(values[name], view, None) for job in jobs for view in job.views}
-        body[name] = {
-            **{view: value for view, value in earlier.get(name, {}).items() if view not in chosen},
-            **{view: value for view, value in chosen.items() if value is not None},
-        }
-    manifest = {name: values[name] for name in ManifestConfig.model_fields}
-    # Paths hold from wherever the next command is started.
-    for name in ("manifest", "root"):
-        if manifest[name] is not None:
-            manifest[name] = str(Path(manifest[name]).resolve())
-    body["weights"] = {view: str(Path(w).resolve()) if Path(w).is_file() else w for view, w in body["weights"].items()}
-    body["body"] = {
-        view: RUN_PREFIX + str(Path(name.removeprefix(RUN_PREFIX)).resolve()) if name.startswith(RUN_PREFIX) else name
-        for view, name in body["body"].items()
-    }
-    replicas = dict(previous.config.get("replicas", {})) if previous is not None else {}
-    for job in jobs:
-        own = {"recipe": replica_number(0, config, job).recipe(job.recipe).id, "count": config.replicas}
-        for view in job.views:
-            replicas.pop(view, None)
-            replicas |= {view: own} if config.replicas else {}
-    return {"manifest": manifest, "body": body, "seed": config.seed, "replicas": replicas}
-
-
-def list_failures(manifest: Manifest, jobs: list[Job]) -> list[dict[str, str]]:
-    """One entry a failed cell: sample_id, view, path, error."""
-    rows = manifest.cells.select("sample", "view", "value")
-    ids = manifest.table["sample_id"]
-    entries = []
-    failures: dict[int, str] = {}
-    for job in jobs:
-        about = "" if job.replica is None else f"replica {job.number + 1}: "
-        for index, error in job.failures.items():
-            failures.setdefault(index, about + error)
-    for index, error in sorted(failures.items()):
-        sample, view, value = rows.row(index)
-        entries.append({"sample_id": str(ids[sample]), "view": view, "path": value, "error": error})
-    return entries
-
-
-def write_failures(path: Path, failures: list[dict[str, str]]) -> None:
-    """STORE/failures.csv of the latest run; removed when nothing failed."""
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, FAILURE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(failures)
-    os.replace(temporary, path)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -20,9 +19,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.data.readers.base import ReadFailure
-from featurecache.store.files import has_change_time
 from featurecache.store.recipe import KEY_BYTES, content_key, content_keys
-from featurecache.store.records import StatRecord, look_same
+from featurecache.store.records import StatRecord, unchanged_files
 from featurecache.store.store import FeatureStore
 
 MOST_HELD = 2_000_000  # rows whose keys are held in memory
@@ -102,6 +100,10 @@ class Cells(Sequence[Cell]):
     def place(self, index: int) -> int:
         """Where among these cells the one in this row of the table is."""
         return int(self._places[index])
+
+    def places(self, others: Cells) -> NDArray[np.int32]:
+        """Where among these cells others of them are."""
+        return self._places[others.indices]
 
 
 class Keys:
@@ -255,14 +257,18 @@ def read_payload(cell: Cell) -> Payload | ReadFailure:
     return Payload(data, content_key(cell.kind, cell.selector, digest), record)
 
 
-def unchanged(cells: Cells, store: FeatureStore) -> Keys:
+def unchanged(cells: Cells, store: FeatureStore, files: pl.DataFrame | None = None) -> Keys:
     """Keys of the cells whose file has the very stat that it had when it was hashed.
 
     A file is left out, and must be read, that is missing or changed, was hashed too soon after its last change, or lies
     on a file system that keeps no change time.
+
+    Args:
+        cells: of which.
+        store: that remembers files.
+        files: what `unchanged_files` has found of all their files, where that was asked already.
     """
-    records = store.payload_table(cells.column("location"))
-    return _keys(cells, records.filter(look_same(records, lambda path: has_change_time(Path(path)))))
+    return _keys(cells, unchanged_files(store.payload_table(cells.column("location"))) if files is None else files)
 
 
 def last_keys(cells: Cells, store: FeatureStore) -> Keys:
@@ -277,7 +283,13 @@ def _keys(cells: Cells, records: pl.DataFrame) -> Keys:
     found = places.join(records.select("path", "sha256"), on="path", how="inner")
     if found.height:
         at = found["place"].to_numpy()
-        selectors = cells.column("selector").gather(at).to_list()
-        keys.values[at] = content_keys("file", selectors, found["sha256"].to_list())
+        keys.values[at] = file_keys(cells.column("selector").gather(at), found["sha256"].to_numpy())
         keys.known[at] = True
     return keys
+
+
+def file_keys(selectors: pl.Series, sha256: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n, 32) keys of parts of files, from the selectors' JSON and the SHA-256 of the files, (n, 32)."""
+    blob = np.ascontiguousarray(sha256).tobytes()
+    digests = [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
+    return content_keys("file", selectors.to_list(), digests)

@@ -90,8 +90,10 @@ def _digits(index: Index, digits: str) -> list[StoredRecipe]:
 
 
 def _holdings(index: Index) -> str:
-    recipes = ", ".join(stored.recipe.id for stored in index.recipes()) or "none"
-    return f"it has the recipes {recipes} and the datasets {', '.join(binding_names(index)) or 'none'}"
+    held = {"recipes": [stored.recipe.id for stored in index.recipes()], "datasets": binding_names(index)}
+    return "it has " + " and ".join(
+        f"the {what} {', '.join(names)}" if names else f"no {what}" for what, names in held.items()
+    )
 
 
 def _is(stored: StoredRecipe, recipe: str) -> bool:

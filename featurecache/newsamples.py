@@ -29,6 +29,7 @@ class NewSamples:
         device: where bodies run.
         batch_size: images at a time, or `auto`.
         workers: threads that read and decode, or `auto`.
+        tta: augmented versions of each sample to average over; for joint runs.
     """
 
     sources: tuple[str, ...]
@@ -38,6 +39,7 @@ class NewSamples:
     device: str = "auto"
     batch_size: int | str = "auto"
     workers: int | str = "auto"
+    tta: int = 0
 
 
 def is_table(source: str) -> bool:

@@ -15,6 +15,42 @@ from featurecache.features import Features
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+class Partners:
+    """Draws for each of n samples a partner of its class and one of another, each of those there are alike.
+
+    Args:
+        classes: (n,) int64, all known.
+    """
+
+    def __init__(self, classes: NDArray[np.int64]) -> None:
+        self._classes = classes
+        # Sorted by class: partners of a class are a range, and those of the others all but that range.
+        self._sorted = np.argsort(classes, kind="stable")
+        counts = np.bincount(classes, minlength=1)
+        self._count, self._start = counts[classes], (np.cumsum(counts) - counts)[classes]
+
+    @property
+    def has_same(self) -> NDArray[np.bool_]:
+        """(n,) whether there is another of the class."""
+        return np.asarray(self._count > 1)
+
+    @property
+    def has_other(self) -> NDArray[np.bool_]:
+        """(n,) whether there is one of another class."""
+        return np.asarray(self._count < len(self._classes))
+
+    def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions of partners: (n,) of the same class, oneself where there is no other, and (n,) of another class."""
+        n = len(self._classes)
+        place = np.empty(n, dtype=np.int64)
+        place[self._sorted] = np.arange(n)
+        # A step from one's own place within the class, of 1 to count - 1, reaches every other one alike.
+        step = (rng.random(n) * np.maximum(self._count - 1, 1)).astype(np.int64) + 1
+        same = self._start + (place - self._start + step) % self._count
+        other = (self._start + self._count + (rng.random(n) * (n - self._count)).astype(np.int64)) % n
+        return self._sorted[same], self._sorted[other]
+
+
 class PairDataset(torch.utils.data.Dataset[Pair]):
     """Each row of a fold with a drawn partner: of the same class for a share of them, else of another.
 
@@ -50,12 +86,9 @@ class PairDataset(torch.utils.data.Dataset[Pair]):
         known = np.flatnonzero(target.known)
         self._features, self._rows, self._classes = features, np.asarray(rows)[known], target.values[known]
         self._same, self._seed, self._fixed = same, seed, fixed
-        # Rows sorted by class: partners of a class are a range, and those of the others all but that range.
-        self._sorted = np.argsort(self._classes, kind="stable")
-        counts = np.bincount(self._classes, minlength=len(target.classes))
-        if np.count_nonzero(counts) < 2:
+        if len(np.unique(self._classes)) < 2:
             raise InputError(f"pairs need rows of two classes; {', '.join(target.names)} has one here")
-        self._counts, self._starts = counts, np.cumsum(counts) - counts
+        self._partners = Partners(self._classes)
         # Shared with the workers of a DataLoader, persistent ones too, which hold a copy of all else.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._drawn: tuple[int, NDArray[np.int64]] | None = None
@@ -75,18 +108,9 @@ class PairDataset(torch.utils.data.Dataset[Pair]):
         return self._drawn[1]
 
     def _draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        n = len(self)
-        start, count = self._starts[self._classes], self._counts[self._classes]
-        place = np.empty(n, dtype=np.int64)
-        place[self._sorted] = np.arange(n)
-        # A step from one's own place within the class, of 1 to count - 1, reaches every other one alike.
-        step = (rng.random(n) * np.maximum(count - 1, 1)).astype(np.int64) + 1
-        same = start + (place - start + step) % count
-        other = (start + count + (rng.random(n) * (n - count)).astype(np.int64)) % n
-        alike = (rng.random(n) < self._same) & (count > 1)
-        alike |= np.full(n, self._same == 1)
-        found: NDArray[np.int64] = self._sorted[np.where(alike, same, other)]
-        return found
+        same, other = self._partners.draw(rng)
+        alike = (rng.random(len(self)) < self._same) & self._partners.has_same
+        return np.where(alike | (self._same == 1), same, other)
 
     def __getitem__(self, index: int) -> Pair:
         return self.__getitems__([index])[0]

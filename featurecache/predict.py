@@ -72,6 +72,11 @@ def score_samples(run: Run, new: NewSamples, reporter: Reporter | None = None) -
         manifest = manifest_config(run, new, Path(scratch))
         if run.kind == "joint":
             return score_joint(run, manifest, new, reporter)
+        if new.tta:
+            raise InputError(
+                f"--tta {new.tta}: {run.path} is a head on cached features, and only plain images of new samples are "
+                "cached. Leave it out; runs of finetune-joint take it."
+            )
         return score_cached(HeadRun(run.path, run.record), manifest, new, Path(scratch), reporter)
 
 
@@ -116,6 +121,7 @@ def score_joint(run: Run, config: ManifestConfig, new: NewSamples, reporter: Rep
         batch_size=whole(new.batch_size),
         workers=whole(new.workers),
         trust=tuple((new.body or {}).get("trust_factory") or ()),
+        tta=new.tta,
         reporter=reporter,
     )
     if not len(found.sample_ids):
@@ -185,7 +191,7 @@ def extract_config(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scra
             body[name] = over_views(body.get(name) or {}, given[name], run.views)
     body["trust_factory"] = tuple(given.get("trust_factory") or ())
     typed = over_views({}, given.get("body") or {}, run.views)
-    check_bodies(run.path, run.views, body, typed.values())
+    check_bodies(run.path, run.views, {**body, "reader": manifest.reader}, typed.values())
     taps = {
         view: [{"module": tap["tap"], "pool": tap["pool"]} for tap in recipe.taps]
         for view, recipe in run.view_recipes.items()

@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from featurecache.cut import Threshold, recorded_threshold, threshold_of
 from featurecache.errors import RunError
 
-Threshold = float | Mapping[str, float | None] | None
+__all__ = ["Predictions", "Threshold", "read_predictions"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Predictions:
         groups: (n,) text.
         splits: (n,) text: train, valid, test, or '' where a sample was not used.
         views: (n,) text: the views that the sample has, joined by `+`.
+        folds: (n,) int64: which fold of a cross-validation tested the sample, -1 for none; None without folds.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Predictions:
     groups: NDArray[np.str_]
     splits: NDArray[np.str_]
     views: NDArray[np.str_]
+    folds: NDArray[np.int64] | None = None
 
     def known(self) -> NDArray[np.bool_]:
         """(n,) whether any target of the sample is known."""
@@ -53,30 +56,40 @@ class Predictions:
 
     def take(self, rows: NDArray[np.int64]) -> Predictions:
         """These samples, in this order."""
-        arrays = [field.name for field in fields(self) if field.name not in ("task", "names", "classes")]
+        arrays = [field.name for field in fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
         return replace(self, **{name: getattr(self, name)[rows] for name in arrays})
+
+    def cut(self, record: Mapping[str, Any] | None) -> Threshold:
+        """The threshold of these samples, by what a run records; in a cross-validation that of each sample's fold."""
+        return recorded_threshold(record, self.folds)
 
     def curves(self, *, every: bool = False) -> list[tuple[str, NDArray[np.bool_], NDArray[np.float64]]]:
         """(label, is positive, score) of each yes-or-no question that has both answers among the known samples.
 
         One for binary (`every` adds the negative class), one against the rest per class, one per multilabel column.
         """
+        asked = self.questions(every=every)
+        return [(label, positive, self.scores[rows, column]) for label, column, rows, positive in asked]
+
+    def questions(self, *, every: bool = False) -> list[tuple[str, int, NDArray[np.int64], NDArray[np.bool_]]]:
+        """The same as (label, column of the scores, rows with an answer and a score, is positive)."""
         found = []
         for column, label in enumerate(() if self.task == "regression" else self.classes or self.names):
             if self.task == "binary" and column == 0 and not every:
                 continue
-            true, score = self.true if self.classes else self.true[:, column], self.scores[:, column]
-            known = (true >= 0 if self.classes else ~np.isnan(true)) & np.isfinite(score)
-            positive = (true == column if self.classes else true > 0.5)[known]
+            true = self.true if self.classes else self.true[:, column]
+            known = (true >= 0 if self.classes else ~np.isnan(true)) & np.isfinite(self.scores[:, column])
+            rows = np.flatnonzero(known)
+            positive = (true == column if self.classes else true > 0.5)[rows]
             if positive.any() and not positive.all():
-                found.append((label, positive, score[known]))
+                found.append((label, column, rows, positive))
         return found
 
     def decisions(self, threshold: Threshold = None) -> NDArray[Any]:
         """What the model decides.
 
         Args:
-            threshold: of the positive class, or per label; None and absent labels mean 0.5.
+            threshold: of the positive class, or per label; for all samples or each. None and absent labels mean 0.5.
 
         Returns:
             (n,) int64 class index (binary: positive from the threshold on; multiclass: the most probable); multilabel
@@ -88,13 +101,13 @@ class Predictions:
         if self.task == "regression":
             return self.scores
         if self.task == "binary":
-            value = threshold if isinstance(threshold, int | float) else 0.5
-            return (self.scores[:, 1] >= value).astype(np.int64)
-        cut = np.array([_of_label(threshold, name) for name in self.names])
+            return (self.scores[:, 1] >= threshold_of(threshold, self.names[0])).astype(np.int64)
+        limits = [np.broadcast_to(threshold_of(threshold, name), len(self.scores)) for name in self.names]
+        cut = np.stack(limits, axis=1)
         return np.where(np.isfinite(self.scores), (self.scores >= cut).astype(np.float64), np.nan)
 
     def table(self, threshold: Threshold = None) -> pl.DataFrame:
-        """The columns of predictions.csv: sample_id, group, split, views, target, prediction, scores."""
+        """The columns of predictions.csv: sample_id, group, split, views, target, prediction, scores, fold."""
         columns: dict[str, pl.Series] = {
             name: pl.Series(values.tolist(), dtype=pl.String)
             for name, values in (
@@ -114,12 +127,9 @@ class Predictions:
         if self.task != "regression":
             for number, label in enumerate(self.classes or self.names):
                 columns[f"p:{label}"] = pl.Series(self.scores[:, number].astype(np.float64)).fill_nan(None)
+        if self.folds is not None:
+            columns["fold"] = pl.Series(self.folds, dtype=pl.Int64)
         return pl.DataFrame(columns)
-
-
-def _of_label(threshold: Threshold, label: str) -> float:
-    value = threshold.get(label) if isinstance(threshold, Mapping) else threshold
-    return 0.5 if value is None else float(value)
 
 
 def _columns(what: str, task: str, names: Sequence[str]) -> list[str]:
@@ -157,9 +167,10 @@ def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
             true = numbers(_columns("target", task, names))
         scored = [f"p:{label}" for label in classes or names]
         scores = numbers(_columns("prediction", task, names) if task == "regression" else scored)
+        folds = table["fold"].cast(pl.Int64).to_numpy() if "fold" in table.columns else None
     except FileNotFoundError:
         raise RunError(f"{directory}: predictions.csv is missing") from None
     except (pl.exceptions.PolarsError, KeyError, ValueError) as error:
         raise RunError(f"{path}: not the predictions of this run: {error}") from None
     ids = (text["sample_id"], text["group"], text["split"], text["views"])
-    return Predictions(task, names, classes, true, scores, *ids)
+    return Predictions(task, names, classes, true, scores, *ids, folds)

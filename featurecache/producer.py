@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,12 +120,6 @@ def _selector(text: str) -> Mapping[str, Any]:
     """Most cells share one; readers only look at it."""
     found: dict[str, Any] = json.loads(text)
     return found
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def one_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featurecache.features import Block
+from featurecache.features import GROUP_BYTES, Block, as_float32
 from featurecache.memory import free_memory
 from featurecache.store import windows
 from featurecache.store.catalogue import RecipeInfo
@@ -21,8 +21,8 @@ from featurecache.store.store import FeatureStore
 Memory = int | Literal["auto"]
 Mode = Literal["mapped", "ram", "streamed"]
 RAM_SHARE = 0.5  # of the free memory, for features held in RAM under memory="auto"
-BUFFER_SHARE = 0.2  # of the budget, for one shuffle buffer; a second is filled meanwhile, and both are copied once
-LEAST_BUFFER = 32 << 20
+BUFFER_SHARE = 0.4  # of the budget, for a shuffle buffer, at least GROUP_BYTES; a second is filled meanwhile
+SLICE_ROWS = 4096  # read of all views before those that follow, so that a chunk that holds several is decoded once
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StoreFeatures:
         """See `featurecache.features.Stored`."""
         if self.mode != "streamed":
             return None
-        bytes_ = max(int(BUFFER_SHARE * self._budget), LEAST_BUFFER)
+        bytes_ = max(int(BUFFER_SHARE * self._budget), GROUP_BYTES)
         return max(bytes_ // (self.dtype.itemsize * self.shape[1]), 1)
 
     @property
@@ -116,22 +116,21 @@ class StoreFeatures:
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), n_features) float32; all of a block is NaN where the sample lacks that view."""
-        return self._joined(rows, np.dtype(np.float32))
+        return as_float32(self.gather(rows))
 
-    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The same in `dtype`."""
-        return self._joined(rows, self.dtype)
-
-    def _joined(self, rows: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    def gather(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """See `featurecache.features.Stored`."""
         rows = np.asarray(rows)
-        out = np.empty((len(rows), self.shape[1]), dtype)
-        blocks = iter(self.blocks)
-        for part in self._parts:
-            self._hold(part)
-            wanted = self._positions.get(part.view, part.rows)[rows]
-            for tap in part.taps:
-                block = next(blocks)
-                self._fill(out[:, block.start : block.stop], part, tap, wanted)
+        out = np.empty((len(rows), self.shape[1]), self.dtype) if out is None else out
+        for start in range(0, len(rows), SLICE_ROWS):
+            here = slice(start, start + SLICE_ROWS)
+            blocks = iter(self.blocks)
+            for part in self._parts:
+                self._hold(part)
+                wanted = self._positions.get(part.view, part.rows)[rows[here]]
+                for tap in part.taps:
+                    block = next(blocks)
+                    self._fill(out[here, block.start : block.stop], part, tap, wanted)
         return out
 
     def _fill(self, out: NDArray[Any], part: ViewRows, tap: str, wanted: NDArray[np.int64]) -> None:
@@ -140,26 +139,32 @@ class StoreFeatures:
         if wanted.shape[1] == 1 or self._multi == "first":
             some = held[:, 0]
             if some.all():
-                copy_rows(out, self._read(part, tap, wanted[:, 0]))
+                self._read(part, tap, wanted[:, 0], out)
                 return
             out[~some] = np.nan
-            values = np.empty((int(some.sum()), out.shape[1]), out.dtype)
-            copy_rows(values, self._read(part, tap, wanted[some, 0]))
-            out[some] = values
+            found = np.empty((int(some.sum()), out.shape[1]), out.dtype)
+            self._read(part, tap, wanted[some, 0], found)
+            out[some] = found
             return
         values = np.full((*wanted.shape, out.shape[1]), np.nan, dtype=np.float32)
-        values[held] = self._read(part, tap, wanted[held])
+        found = np.empty((int(held.sum()), out.shape[1]), np.float32)
+        self._read(part, tap, wanted[held], found)
+        values[held] = found
         some = np.asarray(held.any(axis=1))
         out[~some] = np.nan
         reduce = np.nanmax if self._multi == "max" else np.nanmean
         out[some] = reduce(values[some], axis=1)
 
-    def _read(self, part: ViewRows, tap: str, wanted: NDArray[np.int64]) -> NDArray[Any]:
-        """(len(wanted), width) in the storage dtype: by position in RAM, else by row id from the store."""
-        array = self._ram.get((part.view, tap))
+    def _read(self, part: ViewRows, tap: str, wanted: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Fill (len(wanted), width) of `out`: by position in RAM, else by row id from the store."""
+        array, dtype = self._ram.get((part.view, tap)), stored_dtype(part.info)
+        found = out if out.dtype == dtype else np.empty(out.shape, dtype)
         if array is not None:
-            return array[wanted]
-        return self._store.read(part.info.id, tap, wanted).reshape(len(wanted), math.prod(part.taps[tap]))
+            gather_rows(array, wanted, found)
+        else:
+            self._store.read(part.info.id, tap, wanted, found, gather_rows)
+        if found is not out:
+            copy_rows(out, found)
 
     def _hold(self, part: ViewRows) -> None:
         """Read all rows of a view into RAM, if that is the mode."""
@@ -197,6 +202,11 @@ def choose_mode(nbytes: int, memory: Memory, *, mappable: bool) -> Mode:
 def stored_dtype(info: RecipeInfo) -> np.dtype[Any]:
     """The dtype of a recipe's features on disk."""
     return np.dtype(info.recipe.storage_dtype)
+
+
+def gather_rows(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """`out[i] = source[index[i]]`, each row copied once, by all of torch's threads."""
+    torch.index_select(torch.from_numpy(source), 0, torch.from_numpy(index), out=torch.from_numpy(out))
 
 
 def copy_rows(out: NDArray[Any], values: NDArray[Any]) -> None:

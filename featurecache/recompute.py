@@ -248,7 +248,7 @@ class RecipeCheck:
         """What a dataset's view was extracted with; a factory must be trusted."""
         body = {name: value for name, value in binding.config["body"].items() if name in BodyConfig.model_fields}
         body["trust_factory"] = tuple(self.trust)
-        check_bodies(self.store.path, [view], body)
+        check_bodies(self.store.path, [view], {**body, "reader": binding.config["manifest"]["reader"]})
         config = ExtractConfig.create(
             {
                 **binding.config["manifest"],

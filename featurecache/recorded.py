@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featurecache.bodies.registry import FACTORY, RUN_PREFIX, trusted_factories
 from featurecache.bodies.weights import SUFFIXES
 from featurecache.config import for_view
+from featurecache.data.readers import PLUGIN
 from featurecache.errors import InputError, MissingFileError, RunError
 from featurecache.store.recipe import Recipe
 
@@ -24,8 +25,8 @@ def check_bodies(
     Args:
         source: the run or the store, for messages.
         views: that count.
-        options: of `BodyConfig`, per view: as recorded, with what the user gave in its place.
-        typed: names of bodies that the user typed.
+        options: of `BodyConfig`, per view, and `reader`: as recorded, with what the user gave in its place.
+        typed: names of bodies and readers that the user typed.
 
     Raises:
         InputError: a factory is not trusted; says how to allow it.
@@ -34,6 +35,7 @@ def check_bodies(
     allowed = trusted_factories(tuple(options.get("trust_factory") or ())) | set(typed)
     problems = []
     for view in views:
+        check_reader(source, for_view(options.get("reader") or {}, view, "image"), allowed)
         name = for_view(options["body"], view, "")
         weights = for_view(options.get("weights") or {}, view, "")
         of_run = name.startswith(RUN_PREFIX)  # `run:joint` has the form of a factory
@@ -49,6 +51,19 @@ def check_bodies(
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise MissingFileError(f"{source}: its bodies were read from what is not there now{lines}")
+
+
+def check_reader(source: str | Path, name: str, allowed: Container[str]) -> None:
+    """Refuse a plug-in reader that only a run or a store names.
+
+    Raises:
+        InputError: it is not among those that the user allowed; says how to allow it.
+    """
+    if PLUGIN.fullmatch(name) and name not in allowed:
+        raise InputError(
+            f"{source}: names the function {name!r} as its reader. Nothing was imported. If you know and trust that "
+            f"code, repeat its name: --trust-factory {name}"
+        )
 
 
 def read_recipe(entry: Mapping[str, Any]) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from featurecache.data.splits import write_splits
 from featurecache.data.targets import Target
-from featurecache.evaluation.bootstrap import bootstrap_intervals
+from featurecache.evaluation.bootstrap import bootstrap_intervals, class_tables, label_intervals
+from featurecache.evaluation.curves import curve_data
 from featurecache.evaluation.metrics import compute_metrics, metric_names
 from featurecache.evaluation.threshold import At, choose_threshold
 from featurecache.predictions import Predictions, read_predictions
@@ -25,19 +26,22 @@ from featurecache.run import Run, RunWriter
 from featurecache.rundir import read_record
 
 SPLITS = ("train", "valid", "test")
+MOST_CURVES = 8  # with bands; more in one figure are not told apart
+BANDS = 500  # resamples of a band, which is read by eye
 
 
 @dataclass(frozen=True)
 class Results:
-    """What `write_results` found: metrics.json, and the threshold for run.json."""
+    """What `write_results` found: metrics.json, the threshold for run.json, and the predictions."""
 
     metrics: dict[str, Any]
     threshold: dict[str, Any]
+    predictions: Predictions
 
 
 @dataclass(frozen=True)
 class Folds:
-    """Which fold tested each row, (n,) from 0, -1 for none; and the threshold, chosen on the folds' validation rows."""
+    """Which fold tested each row, (n,) from 0, -1 for none; and the threshold of new samples and of each fold."""
 
     number: NDArray[np.int64]
     threshold: Mapping[str, Any]
@@ -59,7 +63,7 @@ def write_results(
     at: At | None = None,
     folds: Folds | None = None,
 ) -> Results:
-    """Write predictions.csv, splits.csv, history.csv and metrics.json; all rows are those of the fitted samples.
+    """Write predictions.csv, splits.csv, history.csv, metrics.json and curves.json; all rows are of the fitted samples.
 
     Args:
         directory: of the run being written (`RunWriter.path`).
@@ -79,19 +83,22 @@ def write_results(
     predictions = make_predictions(
         target, scores, sample_ids=sample_ids, groups=groups, splits=splits, views=views, present=present
     )
+    if folds is not None:
+        predictions = replace(predictions, folds=folds.number)
     threshold = find_threshold(predictions, at) if folds is None else dict(folds.threshold)
     metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
-    table = predictions.table(threshold["value"])
     if folds is not None:
-        metrics["cv"] = fold_metrics(predictions, folds.number, threshold)
-        table = table.with_columns(pl.Series("fold", folds.number, dtype=pl.Int64))
-    table.write_csv(directory / "predictions.csv")
+        metrics["cv"] = fold_metrics(predictions, threshold)
+    predictions.table(predictions.cut(threshold)).write_csv(directory / "predictions.csv")
     write_splits(directory / "splits.csv", predictions.sample_ids.tolist(), predictions.groups, predictions.splits)
     if history:
         rows = plain(list(history), directory)
         pl.DataFrame(rows, infer_schema_length=None).write_csv(directory / "history.csv")
     (directory / "metrics.json").write_text(dump_json(metrics), encoding="utf-8")
-    return Results(metrics, threshold)
+    if predictions.task != "regression":
+        curves = curves_of(predictions, threshold, bootstrap=bootstrap, seed=seed)
+        (directory / "curves.json").write_text(dump_json(curves), encoding="utf-8")
+    return Results(metrics, threshold, predictions)
 
 
 def finish_run(writer: RunWriter, record: Mapping[str, Any]) -> Run:
@@ -147,39 +154,60 @@ def find_threshold(predictions: Predictions, at: At | None = None) -> dict[str, 
     The value is one probability, or one per label; None where the most probable class is taken or a number predicted.
     """
     valid = predictions.of("valid")
-    if predictions.task in ("binary", "multilabel") and not len(valid.sample_ids):
-        return {"value": 0.5, "rule": "default", "chosen_on": None}
-    found: dict[str, Any] = plain(choose_threshold(to_target(valid), valid.scores, at=at), Path())
+    return threshold_on(to_target(valid), valid.scores, at)
+
+
+def threshold_on(target: Target, scores: NDArray[Any], at: At | None = None) -> dict[str, Any]:
+    """The same, chosen on these samples; half where none of them has a known target."""
+    if target.task in ("binary", "multilabel") and not target.known.any():
+        value = 0.5 if target.task == "binary" else dict.fromkeys(target.names, 0.5)
+        return {"value": value, "rule": "default", "chosen_on": None}
+    found: dict[str, Any] = plain(choose_threshold(target, scores, at=at), Path())
     return found
 
 
 def measure(predictions: Predictions, threshold: Mapping[str, Any], *, bootstrap: int, seed: int) -> dict[str, Any]:
-    """metrics.json: per split n, n_groups, events, the task's metrics and their intervals; then the bootstrap."""
+    """metrics.json: per split n, n_groups, events, the task's metrics and their intervals; then the bootstrap.
+
+    `classes` holds the figures of each class against the rest, `labels` those of each label, with intervals for the
+    test samples.
+    """
     found: dict[str, Any] = {}
     for split in SPLITS:
         part = predictions.of(split)
         if not len(part.sample_ids):
             continue
-        target = to_target(part)
-        figures = compute_metrics(target, part.scores, threshold=threshold["value"])
+        target, cut = to_target(part), part.cut(threshold)
+        figures = compute_metrics(target, part.scores, threshold=cut)
         first = {"n": len(part.sample_ids), "n_groups": len(np.unique(part.groups))}
         found[split] = {**first, **{name: value for name, value in figures.items() if name not in first}}
+        draws = bootstrap if split == "test" else 0
+        if target.classes:
+            found[split]["classes"] = class_tables(target, part.scores, part.groups, n=draws, seed=seed, threshold=cut)
+        elif draws and "labels" in figures:
+            for name, intervals in label_intervals(
+                target, part.scores, part.groups, n=draws, seed=seed, threshold=cut
+            ).items():
+                found[split]["labels"][name]["intervals"] = intervals
         if bootstrap:
             found[split]["intervals"] = bootstrap_intervals(
-                target, part.scores, part.groups, n=bootstrap, seed=seed, threshold=threshold["value"]
+                target, part.scores, part.groups, n=bootstrap, seed=seed, threshold=cut
             )
     found["bootstrap"] = {"unit": "group", "n": bootstrap, "seed": seed}
     result: dict[str, Any] = plain(found, Path())
     return result
 
 
-def fold_metrics(predictions: Predictions, number: NDArray[np.int64], threshold: Mapping[str, Any]) -> dict[str, Any]:
-    """Per metric its value in every fold (None where undefined), their mean and standard deviation."""
+def fold_metrics(predictions: Predictions, threshold: Mapping[str, Any]) -> dict[str, Any]:
+    """Per metric its value in every fold (None where undefined), mean and standard deviation; the folds' thresholds."""
+    number = predictions.folds if predictions.folds is not None else np.empty(0, np.int64)
     tables = []
-    for fold in range(int(number.max()) + 1):
+    for fold in range(int(number.max(initial=-1)) + 1):
         part = predictions.take(np.flatnonzero((number == fold) & predictions.known()))
-        tables.append(compute_metrics(to_target(part), part.scores, threshold=threshold["value"]))
+        tables.append(compute_metrics(to_target(part), part.scores, threshold=part.cut(threshold)))
     found: dict[str, Any] = {"folds": len(tables), "n": [table["n"] for table in tables]}
+    if threshold.get("folds") is not None:
+        found["thresholds"] = threshold["folds"]
     for name in metric_names(predictions.task):
         values = [table.get(name) for table in tables]
         defined = [value for value in values if value is not None]
@@ -189,17 +217,47 @@ def fold_metrics(predictions: Predictions, number: NDArray[np.int64], threshold:
     return result
 
 
+def curves_of(predictions: Predictions, threshold: Mapping[str, Any], *, bootstrap: int, seed: int) -> dict[str, Any]:
+    """curves.json: what the figures of a report are drawn from beside predictions.csv, on the split that counts.
+
+    Per yes-or-no question (the first few) the bands of its ROC and precision-recall curves, its net benefit, and where
+    on the curves the decisions lie.
+    """
+    split = next((name for name in reversed(SPLITS) if len(predictions.of(name).sample_ids)), "")
+    part = predictions.of(split)
+    said = part.decisions(part.cut(threshold))
+    questions = part.questions()[:MOST_CURVES] if predictions.task != "multiclass" else []
+    made = [
+        {
+            "label": label,
+            **curve_data(positive, part.scores[rows, column], part.groups[rows], n=min(bootstrap, BANDS), seed=seed),
+            "decided": _decided(said[rows] if part.classes else said[rows, column], positive),
+        }
+        for label, column, rows, positive in questions
+    ]
+    result: dict[str, Any] = plain({"schema": 1, "split": split, "curves": made}, Path())
+    return result
+
+
+def _decided(said: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, float | None]:
+    """Where on the curves the decisions (n,) of 0 and 1 lie."""
+    called = said > 0.5
+    return {
+        "fpr": float(called[~positive].mean()),
+        "sensitivity": float(called[positive].mean()),
+        "ppv": float(positive[called].mean()) if called.any() else None,
+    }
+
+
 def metrics_from_predictions(path: str | Path) -> dict[str, Any]:
     """metrics.json, computed again from predictions.csv (and the bootstrap's size and seed) of a run."""
     path = Path(path)
     settings = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["bootstrap"]
     record = read_record(path)
     predictions = read_predictions(path, record)
-    if record.get("cv"):  # the threshold was chosen on the folds' validation rows, whose scores are not kept
-        threshold = record["threshold"]
-        number = pl.read_csv(path / "predictions.csv", columns=["fold"])["fold"].to_numpy()
-        found = measure(predictions, threshold, bootstrap=settings["n"], seed=settings["seed"])
-        return {**found, "cv": fold_metrics(predictions, number, threshold)}
-    rule = str((record.get("threshold") or {}).get("rule", ""))
-    at = At.parse(rule) if "=" in rule else None
-    return measure(predictions, find_threshold(predictions, at), bootstrap=settings["n"], seed=settings["seed"])
+    threshold = record.get("threshold") or {}
+    if not record.get("cv"):  # there the scores of the folds' validation rows, on which they were chosen, are not kept
+        rule = str(threshold.get("rule", ""))
+        threshold = find_threshold(predictions, At.parse(rule) if "=" in rule else None)
+    found = measure(predictions, threshold, bootstrap=settings["n"], seed=settings["seed"])
+    return {**found, "cv": fold_metrics(predictions, threshold)} if record.get("cv") else found

@@ -18,7 +18,8 @@ SCHEMA = 1
 RECORD = "run.json"
 LOCK = ".writer"  # hidden names are never part of a run
 # What later commands add to a finished run without touching its own files.
-ADDED_LATER = ("evaluations", "runs", "summary.md")
+ABOUT = "about.toml"
+ADDED_LATER = ("evaluations", "ablation", "explain", "runs", "summary.md", ABOUT)
 # Pages for people, never read back: whoever completes the model card may change them.
 DOCUMENTS = ("README.md", "report.html")
 REQUIRED: Mapping[str, type | tuple[type, ...]] = {

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from featurecache.binding import short_list
 from featurecache.errors import InputError
-from featurecache.features import Features
+from featurecache.features import Features, as_float32
 from featurecache.reading import Memory, StoreFeatures, ViewRows
 from featurecache.store.binding import Binding
 from featurecache.store.store import FeatureStore
@@ -40,11 +40,17 @@ class StackedFeatures:
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), n_features) float32; all of a block is NaN where the sample lacks that view."""
-        return self._joined(rows, np.dtype(np.float32))
+        return as_float32(self.gather(rows))
 
-    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """The same in `dtype`."""
-        return self._joined(rows, self.dtype)
+    def gather(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """See `Stored`."""
+        out = np.empty((len(rows), self.shape[1]), self.dtype) if out is None else out
+        for part, here, own in self._split(rows):
+            if len(own) == len(rows) and part.dtype == self.dtype:
+                return part.gather(own, out)
+            if len(own):
+                out[here] = part[own] if self.dtype == np.float32 else part.gather(own)
+        return out
 
     def chunks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Stored`; those of a later part have higher numbers."""
@@ -58,13 +64,6 @@ class StackedFeatures:
     def complete(self, rows: NDArray[np.int64]) -> bool:
         """See `Stored`."""
         return all(part.complete(own) for part, _, own in self._split(rows))
-
-    def _joined(self, rows: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
-        out = np.empty((len(rows), self.shape[1]), dtype)
-        for part, here, own in self._split(rows):
-            if len(own):
-                out[here] = part[own] if dtype == np.float32 else part.gather(own)
-        return out
 
     def _split(self, rows: NDArray[np.int64]) -> list[tuple[StoreFeatures, NDArray[np.int64], NDArray[np.int64]]]:
         """Per part: which of `rows` are its, and their numbers there."""
@@ -166,6 +165,6 @@ def not_extracted(binding: Binding, view: str, samples: NDArray[np.int64]) -> In
     ids = [str(name) for name in binding.sample_ids[np.unique(samples)]]
     return InputError(
         f"dataset {binding.name!r}: replicas of view {view!r} are not yet extracted (samples {short_list(ids)}). "
-        "Run `featurecache extract` again to complete them, or use --replicas none, or take what is there with "
-        "--allow-partial."
+        "Run `featurecache extract` with --replicas again to complete them, or use --replicas none here, or take what "
+        "is there with --allow-partial."
     )

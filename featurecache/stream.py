@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,33 +14,62 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.features import Features, Stored, as_float32, gather, reading_order, shuffled_groups
+from featurecache.features import Features, Stored, gather, group_rows, reading_order, shuffled_groups
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-GROUP_ROWS = 16_384  # of a group where the features name no buffer
+Take = Callable[[int, int], torch.Tensor]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def read_ahead(
-    read: Callable[[NDArray[np.int64]], NDArray[Any]], groups: Sequence[NDArray[np.int64]]
-) -> Iterator[NDArray[Any]]:
-    """What `read` gives for each group of rows; the next is read in a thread while the caller works on this one."""
+def read_ahead(read: Callable[[T], R], parts: Sequence[T]) -> Iterator[R]:
+    """What `read` gives for each part; the next is read in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="featurecache-read") as pool:
-        following = pool.submit(read, groups[0]) if groups else None
-        for number in range(len(groups)):
+        following = pool.submit(read, parts[0]) if parts else None
+        for number in range(len(parts)):
             assert following is not None
             found = following.result()
-            if number + 1 < len(groups):
-                following = pool.submit(read, groups[number + 1])
+            if number + 1 < len(parts):
+                following = pool.submit(read, parts[number + 1])
             yield found
             del found
+
+
+def read_groups(features: Features, groups: Sequence[NDArray[np.int64]]) -> Iterator[Take]:
+    """For each group of rows a function that gives those from `start` to `stop`, a copy in the dtype as stored.
+
+    It holds until the next is asked for. Where random rows are slow, a group is read in the order of the samples, which
+    is mostly that of the chunks, into one of two buffers, the next one while the caller works on this one.
+    """
+    if not isinstance(features, Stored) or features.buffer_rows is None:
+        yield from (partial(_gather_some, features, rows) for rows in groups)
+        return
+    stored: Stored = features
+    shape = (max(map(len, groups), default=0), features.shape[1])
+    buffers = [np.empty(shape, stored.dtype) for _ in groups[:2]]
+
+    def read(number: int) -> Take:
+        in_order = np.sort(groups[number])
+        held = stored.gather(in_order, buffers[number % 2][: len(in_order)])
+        return partial(_take_some, torch.from_numpy(held), torch.from_numpy(np.searchsorted(in_order, groups[number])))
+
+    yield from read_ahead(read, range(len(groups)))
+
+
+def _gather_some(features: Features, rows: NDArray[np.int64], start: int, stop: int) -> torch.Tensor:
+    return torch.from_numpy(gather(features, rows[start:stop]))
+
+
+def _take_some(held: torch.Tensor, order: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return held.index_select(0, order[start:stop])
 
 
 class FeatureStream(IterableDataset[Batch]):
     """Batches of an epoch, read by whole chunks: for features that are compressed, far away, or larger than memory.
 
-    Every sample comes exactly once an epoch, in an order that follows from seed and epoch alone. Give it to a
-    DataLoader with `batch_size=None`; its workers share the groups of chunks, so they bring the same batches in another
-    order.
+    Every sample comes exactly once an epoch, in an order that follows from seed and epoch alone, however the features
+    are read. Give it to a DataLoader with `batch_size=None`; its workers share the groups of chunks, so they bring the
+    same batches in another order.
 
     Args:
         features: what is read.
@@ -87,7 +116,7 @@ class FeatureStream(IterableDataset[Batch]):
     def groups(self) -> list[NDArray[np.int64]]:
         """The rows of this rank, in groups that are read together, in the order of this epoch."""
         stored = self._features if isinstance(self._features, Stored) else None
-        buffer = (stored.buffer_rows if stored is not None else None) or GROUP_ROWS
+        buffer = group_rows(self._features)
         if self._shuffle:
             chunks = stored.chunks(self._rows) if stored is not None else np.arange(len(self._rows)) // 1024
             generator = np.random.default_rng([self._seed, int(self._epoch)])
@@ -102,13 +131,13 @@ class FeatureStream(IterableDataset[Batch]):
         groups, worker = self.groups(), get_worker_info()
         if worker is not None:
             groups = groups[worker.id :: worker.num_workers]
-        for rows, x in zip(groups, read_ahead(partial(gather, self._features), groups), strict=True):
+        for rows, take in zip(groups, read_groups(self._features, groups), strict=True):
             for start in range(0, len(rows), self._batch_size):
-                part = slice(start, start + self._batch_size)
-                features = torch.from_numpy(as_float32(x[part]))
+                stop = start + self._batch_size
+                features = take(start, stop).float()
                 target = torch.empty(len(features), 0)
                 if self._target is not None:
-                    target = torch.as_tensor(self._target.values[rows[part]])
+                    target = torch.as_tensor(self._target.values[rows[start:stop]])
                 yield features, target
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.config import FitConfig, SplitConfig
+from featurecache.config import FitConfig
 from featurecache.crossval import cross_validate
 from featurecache.data.splits import make_splits
 from featurecache.data.targets import Target
@@ -34,9 +34,11 @@ from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.threshold import choose_threshold
 from featurecache.evaluation.verdict import goodness, ranking_metric
 from featurecache.features import ArrayFeatures, Features
-from featurecache.fit import HeadRun, fit_head, open_dataset, target_of, torch_device, training_fold
+from featurecache.fit import HeadRun, fit_once, open_dataset, torch_device, training_fold
+from featurecache.fitrecord import Beside, target_of
 from featurecache.heads.base import Fold, Head, get_head
 from featurecache.heads.space import Span
+from featurecache.interrupts import Held, held_back
 from featurecache.progress import Reporter, Silent
 from featurecache.run import default_run_path
 
@@ -75,6 +77,7 @@ class Search:
     reporter: Reporter
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
+    _held: Held = field(default_factory=Held)
 
     def best(self, splits: NDArray[np.str_], called: str) -> dict[str, Any]:
         """The settings that reach the most on the validation rows of a division; its test rows are not looked at.
@@ -104,10 +107,12 @@ class Search:
 
         try:
             if before < self.trials:
-                study.optimize(
-                    lambda trial: self._try(optuna, trial, rows), n_trials=self.trials - before, n_jobs=self.jobs,
-                    callbacks=[told],
-                )  # fmt: skip
+                # Ctrl-C would wait for the trials of other threads to end by themselves: they are told.
+                with held_back() if self.jobs > 1 else contextlib.nullcontext(self._held) as self._held:
+                    study.optimize(
+                        lambda trial: self._try(optuna, trial, rows), n_trials=self.trials - before, n_jobs=self.jobs,
+                        callbacks=[told],
+                    )  # fmt: skip
         finally:
             self.reporter.end(task)
         self.found[called] = [self._row(called, trial) for trial in study.get_trials(deepcopy=False, states=ended)]
@@ -148,6 +153,7 @@ class Search:
 
     def _try(self, optuna: Any, trial: Any, rows: Mapping[str, NDArray[np.int64]]) -> float:
         """Fit one head and measure it on validation."""
+        self._held.check()
         kind = get_head(self.head)
         settings = {**self.fixed, **self._proposed(trial, kind)}
         head = kind(settings, seed=self.seed, device=self.device, memory=self.dataset.memory)
@@ -159,6 +165,7 @@ class Search:
         def watch(row: Mapping[str, Any]) -> None:
             nonlocal step
             step += 1
+            self._held.check()
             loss = row.get("valid_loss")
             if isinstance(loss, float) and np.isfinite(loss):
                 trial.report(-loss, step)
@@ -252,23 +259,15 @@ def tune(
     about = {
         "tuning": {"trials": trials, "metric": search.metric, "chosen_on": "valid", "nested": config.cv is not None}
     }
-    shared: dict[str, Any] = {
-        "head": config.head, "out": out, "device": config.device, "overwrite": config.overwrite,
-        "bootstrap": config.bootstrap, "at": config.at, "calibrate": config.calibrate, "command": command,
-        "config": config.model_dump(mode="json", exclude_none=True), "reporter": reporter, "extra": about,
-    }  # fmt: skip
-    split = SplitConfig.create({name: getattr(config, name) for name in SplitConfig.model_fields})
+    own = config.model_dump(mode="json", exclude_none=True)
+    beside = Beside(command, own, about, files=lambda: {"trials.csv": search.table()})
+    wanted = config.model_copy(update={"out": out})
     if config.cv is not None:
-        run = cross_validate(
-            dataset, config.cv, choose=search.best, settings=config.settings, split=split,
-            files=lambda: {"trials.csv": search.table()}, **shared,
-        )  # fmt: skip
-        return run, search
+        return cross_validate(dataset, config.cv, wanted, beside, choose=search.best, reporter=reporter), search
     source = dataset.binding.manifest_path
-    splits = make_splits(dataset.table, target, split, content=dataset.content, source=source)
-    best = search.best(splits, "final")
-    run = fit_head(dataset, settings=best, files={"trials.csv": search.table()}, **split.model_dump(), **shared)
-    return run, search
+    splits = make_splits(dataset.table, target, config, content=dataset.content, source=source)
+    wanted = wanted.model_copy(update={"settings": search.best(splits, "final")})
+    return fit_once(dataset, wanted, beside, reporter=reporter), search
 
 
 def in_memory(dataset: FeatureDataset) -> Features:

@@ -94,13 +94,19 @@ def load_view_body(config: BodyConfig, view: str, *, seed: int | None) -> Body:
     return load_body(name, weights, seed=seed, channels=config.channels.get(view, config.channels.get(ANY_VIEW)))
 
 
-def view_preprocessing(config: BodyConfig, view: str, body: Body) -> Preprocessing:
+def view_preprocessing(config: BodyConfig, view: str, body: Body, *, nearest: bool = False) -> Preprocessing:
     """The body's own preprocessing, changed where the configuration says so.
+
+    Args:
+        config: the options.
+        view: which view.
+        body: with the preprocessing that its weights expect.
+        nearest: whether images are resized without mixing pixels unless said otherwise, as masks must be.
 
     Raises:
         InputError: the options contradict each other, or leave images of different sizes.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"interpolation": "nearest"} if nearest else {}
     for field in ("resize", "crop", "resize_mode", "interpolation", "antialias", "mean", "std"):
         value = for_view(getattr(config, field), view, None)
         if value is not None:
@@ -131,12 +137,18 @@ def view_preprocessing(config: BodyConfig, view: str, body: Body) -> Preprocessi
 
 
 def view_reader(config: Any, view: str, body: Body) -> Reader:
-    """The reader of a view, asked for as many channels as the body takes."""
-    parameters: dict[str, Any] = {"channels": body.preprocessing.channels}
+    """The reader of a view, asked for as many channels (a text: places) as the body takes."""
     name = for_view(config.reader, view, "image")
+    count = "length" if name == "text" else "channels"
+    parameters: dict[str, Any] = {count: body.preprocessing.channels}
     if name == "image":
         parameters["exif"] = for_view(config.exif, view, True)
-    return get_reader(name, **parameters)
+    own = {**config.reader_settings.get(ANY_VIEW, {}), **config.reader_settings.get(view, {})}
+    if own.get(count, parameters[count]) != parameters[count]:
+        raise InputError(
+            f"view {view!r}: {count}={own[count]} for reader {name}, but its body {body.name} takes {parameters[count]}"
+        )
+    return get_reader(name, **{**parameters, **own})
 
 
 def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...], Any] | None = None) -> ViewSetup:
@@ -157,9 +169,16 @@ def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...
     if settings not in bodies:
         bodies[settings] = load_view_body(config, view, seed=config.seed)
     body = bodies[settings]
-    preprocessing = view_preprocessing(config, view, body)
+    reader = for_view(config.reader, view, "image")
+    preprocessing = view_preprocessing(config, view, body, nearest=reader == "mask")
     size = preprocessing.size()
     assert size is not None  # view_preprocessing refuses it
+    if reader == "text" and size != (1, 1):
+        raise InputError(
+            f"view {view!r}: a text is one pixel of as many channels as it has places, but body {body.name} takes "
+            f"images of {size[1]} x {size[0]}. Give a body for texts: one whose `preprocessing` holds resize None, "
+            "crop 1, a mean of zeros and a std of ones, one for each place."
+        )
     asked = for_view(config.tap, view, (Tap(),))
     if (*settings, asked, size) not in bodies:  # several passes, and all weights hashed
         resolved = resolve_taps(body, asked, size)

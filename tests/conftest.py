@@ -8,6 +8,22 @@ import pytest
 
 # Waiting threads that spin make everything else on a busy machine crawl; the command line sets the same.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are taken by the other processes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The default suite as a whole runs in several processes where pytest-xdist is there; `-n 0` runs it in one.
+
+    Parts of it, named on the command line, don't: each process would import torch first. Nor do the slow tests, some of
+    which take the time.
+    """
+    options = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not slow" in options.markexpr
+    if whole and config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput") and not options.usepdb:
+        if options.numprocesses is None and options.dist == "no":
+            options.numprocesses, options.dist = min(4, os.cpu_count() or 1), "worksteal"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,42 +14,51 @@ MOST_LINES = 400
 # This is the layout of the design, with one departure: what draws a report stands directly below the run that it reads,
 # so that a run is published together with its report.
 ORDER = """
-errors config progress lean
-record predictions rundir run
-reporting.wording reporting.plots reporting.card reporting.report reporting.overview
+errors typed config progress lean interrupts scout scouts
+record cut predictions rundir run
+reporting.wording reporting.plots reporting.drawn reporting.material reporting.card
+reporting.origin reporting.measured reporting.evidence reporting.report reporting.overview
 data.tables data.selectors data.layouts data.paths data.manifest data.targets data.splits data.shipped
 data.readers.base data.readers.headers data.readers.orientation data.readers.pixels data.readers.decoders
-data.readers.array data.readers.image data.readers
+data.readers.windows
+data.readers.array data.readers.image data.readers.dicom data.readers.mask data.readers.plugin data.readers.text
+data.readers
 data.preprocessing data.transforms
-bodies.names bodies.channels bodies.weights bodies.families bodies.registry bodies.folding bodies.surgery
+bodies.small bodies.names bodies.channels bodies.weights bodies.families bodies.registry bodies.folding bodies.surgery
 bodies.program
-bodies.pooling bodies.tapped bodies.taps bodies.identity
+bodies.pooling bodies.tapped bodies.taps bodies.split bodies.stem bodies.identity
 bodies.engines.base bodies.engines.devices bodies.engines.trial bodies.engines.torch bodies.engines.graphs
 bodies.engines.convert bodies.engines.openvino
 bodies.engines
-store.recipe store.files store.format store.windows store.schema store.lookup store.index store.records store.lock
+store.recipe store.files store.format store.windows store.schema
+store.packed store.lookup store.index store.records store.lock
 store.opening
 store.tablehash store.binding store.chunks store.catalogue store.appender store.settle store.removal
-store.store store.verify store.rebuild store.repair store.contents store.compact
+store.store store.verify store.salvage store.rebuild store.repair store.contents store.compact
 keys replicas viewsetup recorded binding dropping maintenance forget
+reporting.thumbnails
 memory features rearranged reading stacked stream pairs export dataset
 evaluation.metrics evaluation.weighted evaluation.calibration evaluation.threshold evaluation.bootstrap
-evaluation.verdict evaluation.recalibration evaluation.subgroups
-fusion
-heads.record heads.fold heads.space heads.base heads.importance heads.losses heads.rows
+evaluation.verdict evaluation.recalibration evaluation.subgroups evaluation.curves
+fusion.base fusion.concat fusion.gated fusion.pair fusion.pooled fusion.spatial fusion
+heads.record heads.fold heads.scratch heads.space heads.blas heads.base heads.importance heads.losses heads.rows
 heads.fcmodule heads.fc heads.lbfgs heads.linear_stream
 heads.logistic heads.xgboost heads.contract
-results
-joint.schedule joint.checkpoint joint.model joint.images joint.runner joint.loop joint.build joint.save joint.start
-joint.samples joint.predict joint.finetune
-canary readahead producer committer jobs extraction extract dryrun recompute
-fit crossval tune newsamples predict evaluate api
-reporting.ablate reporting.compare reporting.explain
-pipeline demo
-cli.output cli.bars cli.progress cli.options cli.extract cli.heads
-cli.joint cli.predict cli.stores cli.bodies cli.maintenance
-cli.compare cli.ablate cli.tune cli.export
-cli.demo cli
+results flow mistakes
+joint.schedule joint.checkpoint joint.average joint.callbacks joint.model joint.images joint.mixing joint.plan
+joint.parallel joint.runner joint.step joint.loop joint.finder joint.build joint.save joint.start
+joint.samples joint.settings joint.predict
+canary readahead producer committer survey jobs outcome recognise extraction extract dryrun recompute doctor
+joint.prefix joint.pairing joint.sources joint.finetune
+fitrecord fit crossval tune newsamples predict evaluate api
+reporting.ablate reporting.compare reporting.embedding reporting.explorefields
+reporting.exploremap reporting.explorefile reporting.explore reporting.attribution reporting.heatdrawing
+reporting.explain
+makers classify pipelineconfig pipelinestate pipelineplan pipelinestages pipeline pipelinereport demo initial
+cli.output cli.bars cli.progress cli.options cli.stagetwo cli.extract cli.heads
+cli.jointoptions cli.joint cli.predict cli.stores cli.bodies cli.maintenance
+cli.compare cli.ablate cli.tune cli.report cli.export cli.explore cli.explain cli.doctor
+cli.demo cli.pipeline cli.init cli
 """.split()
 # Named by the design; their files may not be there yet.
 PLANNED = {

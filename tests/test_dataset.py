@@ -63,6 +63,34 @@ def test_mapped_in_ram_and_streamed_alike(store):
         assert not dataset.features.complete(np.arange(len(dataset)))
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_an_epoch_is_the_same_however_it_is_read(tmp_path, monkeypatch, codec):
+    """Of several groups of chunks; views are missing, and a view's rows lie in their own chunks."""
+    monkeypatch.setattr("featurecache.features.GROUP_BYTES", 30 * 2 * WIDTH * 2)
+    monkeypatch.setattr("featurecache.reading.GROUP_BYTES", 30 * 2 * WIDTH * 2)
+    monkeypatch.setattr("featurecache.reading.SLICE_ROWS", 8)
+    monkeypatch.setattr("featurecache.store.format.LARGEST_CHUNK_ROWS", 16)
+    path = write_store(tmp_path, storage_dtype="float16", codec=codec)
+    found = {}
+    for memory in ("auto", 10**6, 0):
+        dataset = FeatureDataset(path, dataset="m", target="label", memory=memory)
+        stream = dataset.stream(np.arange(3, len(dataset)), batch_size=7, seed=1)
+        assert len(stream.groups()) > 1
+        for epoch in (0, 1):
+            stream.set_epoch(epoch)
+            found[dataset.features.mode, epoch] = [torch.cat(part) for part in zip(*stream, strict=True)]
+    modes = {mode for mode, _ in found}
+    assert modes == ({"mapped", "ram", "streamed"} if codec == "none" else {"ram", "streamed"})
+    whole = dataset.numpy()[0][3:]
+    for mode, epoch in found:
+        x, y = found[mode, epoch]
+        np.testing.assert_array_equal(x.numpy(), found["ram", epoch][0].numpy())
+        np.testing.assert_array_equal(y.numpy(), found["ram", epoch][1].numpy())
+        order = [[np.nan_to_num(rows).tobytes() for rows in some] for some in (x.numpy(), whole)]
+        assert sorted(order[0]) == sorted(order[1])
+    assert not np.array_equal(found["ram", 0][0], found["ram", 1][0], equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("nbytes", "memory", "mappable", "mode"),
     [

@@ -6,6 +6,7 @@ import pytest
 from stage_two import TRUST, hashes, quick, read_table, write_home, write_table
 
 import featurecache as fc
+from featurecache.config import HeadConfig
 from featurecache.crossval import cross_validate
 from featurecache.errors import InputError
 from featurecache.reporting.compare import compare_runs
@@ -99,9 +100,12 @@ def test_the_runs_own_test_samples_by_a_column_of_its_manifest(home, tmp_path):
     rows = [{"sample_id": name, "site": "ab"[i % 2]} for i, name in enumerate(ids)]
     table = write_table(tmp_path / "sites.csv", rows)
     found = fc.evaluate(run, by="site", table=table, bootstrap=0)
-    assert found.path == tmp_path / "run/evaluations/test-by-site"
+    assert found.path == tmp_path / "run/evaluations/own-test-by-site"
     assert sum(part.n for part in found.subgroups) == len(test.sample_ids)
     assert found.metrics["test"]["accuracy"] == run.metrics["test"]["accuracy"]
+    images = [{"study": row["sample_id"], "site": row["site"]} for row in rows for _ in range(2)]  # a row per image
+    long = fc.evaluate(run, by="site", table=write_table(tmp_path / "images.csv", images), id="study", bootstrap=0)
+    assert [part.to_json() for part in long.subgroups] == [part.to_json() for part in found.subgroups]
     with pytest.raises(InputError, match="say with --table where the column is"):
         fc.evaluate(run, by="site")
     short = write_table(tmp_path / "short.csv", [{"sample_id": "s999", "site": "a"}])
@@ -131,10 +135,31 @@ def test_a_wanted_sensitivity_is_chosen_on_the_runs_validation_samples(home, tmp
 def test_samples_of_a_cross_validation_are_samples_that_the_run_was_fitted_on(home, tmp_path):
     shutil.copytree(home / "data", tmp_path / "data")
     dataset = fc.FeatureDataset(home / "cache", dataset="samples", target="label")
-    run = cross_validate(dataset, 3, head="logistic", out=tmp_path / "run", bootstrap=0)
+    run = cross_validate(dataset, 3, HeadConfig.create({"head": "logistic", "out": tmp_path / "run", "bootstrap": 0}))
     found = fc.evaluate(run, tmp_path / "data/samples.csv", store=tmp_path / "store", bootstrap=0, **TRUST)
     assert any("48 of these samples have the ids" in note for note in found.notes)
     with pytest.raises(InputError, match="a cross-validation, whose head was fitted on all samples"):
         fc.finetune_joint(tmp_path / "data/samples.csv", init=run.path, views={"a": "a", "b": "b"}, out=tmp_path / "j")
     with pytest.raises(InputError, match="a cross-validation keeps no valid samples"):
         compare_runs([run, run])
+
+
+def test_another_question_does_not_replace_the_answer_before(home, tmp_path):
+    shutil.copytree(home / "runs/head", tmp_path / "run")
+    new = home / "new/samples.csv"
+    plain = fc.evaluate(tmp_path / "run", new, bootstrap=0, **TRUST)
+    before = hashes(plain.path)
+    asked = fc.evaluate(tmp_path / "run", new, at="sensitivity=1", bootstrap=0, **TRUST)
+    assert asked.path.name == "samples-at-sensitivity=1"
+    assert asked.metrics["test"]["sensitivity"] >= plain.metrics["test"]["sensitivity"]
+    assert hashes(plain.path) == before
+    own = fc.evaluate(tmp_path / "run", at="specificity=0.5", bootstrap=0)
+    assert own.path.name == "own-test-at-specificity=0.5"
+    for found in (plain, asked, own):
+        assert {"metrics.json", "predictions.csv", "curves.json", "evaluation.json", "mistakes.json"} <= {
+            path.name for path in found.path.iterdir()
+        }
+        said = json.loads((found.path / "mistakes.json").read_text())["mistakes"]
+        wrong = [row for row in read_table(found.path / "predictions.csv") if row["target"] != row["prediction"]]
+        assert {entry["sample_id"] for entry in said} <= {row["sample_id"] for row in wrong}
+        assert len(said) == min(len(wrong), 12)

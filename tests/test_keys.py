@@ -24,6 +24,7 @@ from featurecache.keys import (
     read_payload,
     unchanged,
 )
+from featurecache.store import records
 from featurecache.store.recipe import Recipe, content_key
 from featurecache.store.records import StatRecord
 from featurecache.store.store import FeatureStore
@@ -145,7 +146,7 @@ def test_without_a_change_time_everything_is_read(store, tmp_path, monkeypatch):
 
     cells = cells_of(*map(cell, paths))
     assert unchanged(cells, store).known.all()
-    monkeypatch.setattr(keys, "has_change_time", none)
+    monkeypatch.setattr(records, "has_change_time", none)
     assert not unchanged(cells, store).known.any()
     assert len(asked) == 1, "a file system is looked at once"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featurecache.features import ArrayFeatures, Block
-from featurecache.rearranged import SomeViews, WithoutView, shuffle_partners
+from featurecache.features import ArrayFeatures, Block, Stored
+from featurecache.heads.contract import ChunkedFeatures
+from featurecache.rearranged import OtherPartners, SomeViews, WithoutView, shuffle_partners
 
 BLOCKS = (Block("a", "x", 0, 2, (2,)), Block("b", "x", 2, 5, (3,)), Block("a", "y", 5, 6, (1,)))
 ROWS = np.array([3, 0, 3], dtype=np.int64)
@@ -46,3 +47,33 @@ def test_partners_are_exchanged_within_a_side_only(features):
     assert (order[:6] != np.arange(6)).any()
     np.testing.assert_array_equal(shuffle_partners(features, sides, seed=1).order["b"], order)
     assert (shuffle_partners(features, sides, seed=2).order["b"] != order).any()
+
+
+@pytest.mark.parametrize("make", [lambda f: SomeViews(f, ("a",)), lambda f: WithoutView(f, "b"),
+                                  lambda f: shuffle_partners(f, [np.arange(9)], seed=0)])  # fmt: skip
+def test_features_are_read_as_those_that_they_are_made_of(features, make):
+    stored = make(ChunkedFeatures(features.x.astype(np.float16), BLOCKS, buffer_rows=4))
+    assert isinstance(stored, Stored)
+    assert (stored.dtype, stored.buffer_rows, stored.in_ram) == (np.float16, 4, False)
+    assert stored.chunks(np.array([1, 40])).tolist() == [0, 1]
+    assert stored.gather(ROWS).dtype == np.float16
+    out = np.zeros((3, stored.shape[1]), np.float16)
+    assert stored.gather(ROWS, out) is out
+    np.testing.assert_array_equal(out, stored.gather(ROWS))
+    np.testing.assert_array_equal(stored[ROWS], make(ArrayFeatures(features.x.astype(np.float16), BLOCKS))[ROWS])
+    plain = make(features)
+    assert (plain.dtype, plain.buffer_rows) == (np.float32, None)
+
+
+def test_whether_all_views_are_there_is_found_by_what_is_left_of_them(features):
+    x = features.x.copy()
+    x[3, 2:5] = np.nan  # sample 3 lacks view b
+    holed = ArrayFeatures(x, BLOCKS)
+    everything = np.arange(12, dtype=np.int64)
+    assert SomeViews(holed, ("a",)).complete(everything)
+    assert not SomeViews(holed, ("b",)).complete(everything)
+    assert SomeViews(holed, ("b",)).complete(everything[4:])
+    assert not WithoutView(features, "a").complete(ROWS)
+    other = OtherPartners(holed, {"b": np.roll(everything, 1)})  # sample 4 gets what sample 3 lacks
+    assert other.complete(np.array([3]))
+    assert not other.complete(np.array([4]))

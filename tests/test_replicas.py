@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from extract_kit import BODY, counts, features, image, json_of, main, run, write_images
+from extract_kit import BODY, counts, features, image, json_of, main, recipe_ids, run, write_images
 from PIL import Image
 from zygote import shared
 
@@ -197,7 +197,10 @@ def test_prune_knows_replicas_by_their_dataset(manifest, tmp_path):
     with FeatureStore(store, write=True) as opened:
         plan = plan_prune(opened)
         assert (plan.parts, plan.notes) == ([], [])
-    run(manifest, store, engine="torch")  # the dataset has no replicas any more
+    run(manifest, store)  # makes none, so it is still about these
+    with FeatureStore(store, write=True) as opened:
+        assert (plan_prune(opened).parts, plan_prune(opened).notes) == ([], [])
+    run(manifest, store, replace=True)  # the dataset has no replicas any more
     with FeatureStore(store, write=True) as opened:
         (note,) = plan_prune(opened).notes
         assert f"no dataset was extracted with it last, but its {2 * N} rows are of images of one" in note
@@ -330,7 +333,10 @@ def test_replicas_that_were_interrupted_are_not_passed_over(two_views, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         run(manifest, tmp_path / "store", replicas=3, **views, **OPTIONS)
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"replicas of view 'a' are not yet extracted \(samples s0000, .*--allow-part"):
+    with pytest.raises(
+        InputError,
+        match=r"replicas of view 'a' are not yet extracted \(samples s0000, .*with --replicas again.*--allow-part",
+    ):
         _ = FeatureDataset(tmp_path / "store", dataset="samples").replicas
     partial = FeatureDataset(tmp_path / "store", dataset="samples", allow_partial=True).replicas
     assert partial.held.sum(axis=1).tolist() == [8, 8, 0]
@@ -340,9 +346,26 @@ def test_replicas_that_were_interrupted_are_not_passed_over(two_views, tmp_path,
     assert FeatureDataset(tmp_path / "store", dataset="samples").replicas.held.all()
 
 
+def test_replicas_stay_named_while_they_are_there(two_views, tmp_path, capsys):
+    manifest, views = two_views
+    store, name = tmp_path / "store", replica_id(tmp_path / "store", "b")
+
+    def count(**options) -> int:
+        run(manifest, store, **{**views, **options}, engine="torch")
+        replicas = FeatureDataset(store, dataset="samples").replicas
+        return 0 if replicas is None else replicas.count
+
+    assert count() == count(views={"b": "b"}) == 2
+    assert count(image_size={"b": 20}) == 0, "those are of another recipe"
+    assert count(replicas=1, augment=["flip"]) == 1
+    main("rm", store, replica_id(store, "b"), "--yes", capsys=capsys)
+    assert count() == 0
+    assert name in recipe_ids(store)
+
+
 def test_a_view_without_replicas_leaves_them_out(two_views, tmp_path):
     manifest, views = two_views
-    run(manifest, tmp_path / "store", **{**views, "views": {"b": "b"}}, engine="torch")
+    run(manifest, tmp_path / "store", **{**views, "views": {"b": "b"}, "image_size": {"b": 20}}, engine="torch")
     assert FeatureDataset(tmp_path / "store", dataset="samples").replicas is None
     assert FeatureDataset(tmp_path / "store", dataset="samples", views=["a"]).replicas.count == 2
     assert len(features(tmp_path / "store", view="a")) == 8, "what the other view has stays"

@@ -87,6 +87,7 @@ def runs(tmp_path_factory) -> dict[str, Run]:
 def test_a_run_holds_what_the_contract_names(runs):
     for run in runs.values():
         names = {"metrics.json", "predictions.csv", "splits.csv", "history.csv", "README.md", "report.html"}
+        names |= {"curves.json"} if run.task != "regression" else set()
         assert set(run.files) == names
         assert load_run(run.path).metrics == run.metrics
 
@@ -184,3 +185,29 @@ def test_predictions_without_truth():
     table = make_predictions(target, [[0.4, 0.6], [0.9, 0.1]], sample_ids=["a", "b"]).table()
     assert table["prediction"].to_list() == ["yes", "no"]
     assert table["target"].to_list() == [None, None]
+
+
+def test_the_dot_on_the_curves_is_where_the_run_decides(runs):
+    for task in ("binary", "multilabel"):
+        run = runs[task]
+        curves = json.loads((run.path / "curves.json").read_text())
+        assert curves["split"] == "test"
+        for curve in curves["curves"]:
+            figures = run.metrics["test"] if task == "binary" else run.metrics["test"]["labels"][curve["label"]]
+            decided = curve["decided"]
+            assert decided["sensitivity"] == pytest.approx(figures["sensitivity"])
+            assert decided["fpr"] == pytest.approx(1 - figures["specificity"])
+            assert decided["ppv"] == pytest.approx(figures["ppv"])
+            assert curve["events"] == figures["events"]
+    assert [curve["label"] for curve in curves["curves"]] == ["p", "q"], "r was not trained"
+    assert json.loads((runs["multiclass"].path / "curves.json").read_text())["curves"] == []
+
+
+def test_tables_of_classes_are_kept_with_intervals_for_the_test_samples(runs):
+    figures = runs["multiclass"].metrics
+    assert list(figures["test"]["classes"]) == ["a", "b", "<i>c</i>"]
+    for label, row in figures["test"]["classes"].items():
+        assert row["n"] == figures["test"]["class_counts"][label]
+        assert set(row["intervals"]) >= {"sensitivity", "specificity", "ppv", "f1", "roc_auc"}
+        assert "intervals" not in figures["valid"]["classes"][label]
+    assert "intervals" in runs["multilabel"].metrics["test"]["labels"]["p"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import polars as pl
 import pytest
-from stage_two import command, quick, samples, write_store
+from stage_two import command, quick, read_table, samples, write_store, write_table
 
 from featurecache.config import FitConfig
 from featurecache.dataset import FeatureDataset
@@ -78,6 +82,25 @@ def test_an_interrupted_search_goes_on_where_it_was(store, tmp_path):
     more = Counted()
     tune(config(store, tmp_path / "run", overwrite=True), trials=10, reporter=more)
     assert more.totals == [2]
+
+
+def test_ctrl_c_ends_trials_of_several_threads(store, tmp_path):
+    """They would go on for 100,000 rounds, and the interpreter would end under them."""
+    fixed = {"max_bin": 16, "nthread": 1, "n_estimators": 100_000, "early_stopping_rounds": None}
+    kept = tmp_path / "run.trials.jsonl"
+
+    def press():
+        while not kept.exists() or len(kept.read_bytes().splitlines()) < 40:  # a line a round, of each trial
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        tune(config(store, tmp_path / "run", head="xgboost", settings=fixed), trials=4, jobs=2)
+    presser.join()
+    assert not (tmp_path / "run").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 def test_trials_of_other_data_are_not_gone_on_with(store, tmp_path):
@@ -200,3 +223,23 @@ def test_the_command(store, tmp_path):
     again = command(*words, "--out", tmp_path / "run")
     assert again.status == 2
     assert "already exists" in again.err
+
+
+def test_the_command_decides_calibrates_and_takes_corrected_labels_as_fit_head_does(tmp_path):
+    rows = samples(80)
+    store = write_store(tmp_path, rows=rows)
+    for i in range(0, 80, 8):
+        rows[i]["label"] = "yes" if rows[i]["label"] == "no" else "no"
+    corrected = write_table(tmp_path / "corrected.csv", rows)
+    words = ["tune", store, "--dataset", "m", "--target", "label", "--head", "logistic", "--trials", "2"]
+    words += ["--manifest", corrected, "--at", "sensitivity=0.9", "--calibrate", "temperature", "--images", "none"]
+    done = command(*words, "--out", tmp_path / "run", "--bootstrap", "0")
+    assert done.status == 0, done.err
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["threshold"]["rule"] == "sensitivity=0.9"
+    assert record["calibration"]["method"] == "temperature"
+    said = {row["sample_id"]: row["target"] for row in read_table(tmp_path / "run/predictions.csv")}
+    assert said == {row["sample_id"]: row["label"] for row in rows}
+    wrong = command(*words, "--out", tmp_path / "no", "--at", "precision=0.9")
+    assert wrong.status == 2
+    assert "--at precision=0.9: give sensitivity=VALUE" in wrong.err

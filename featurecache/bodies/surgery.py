@@ -1,17 +1,21 @@
-"""Changes to a body: input channels, freezing that lasts, parameter groups from input to output, folding."""
+"""Changes to a body: input channels, freezing that lasts, parameter groups, folding, recomputed or compiled blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from featurecache.bodies.channels import adapt_channels
 from featurecache.bodies.folding import fold_batchnorm
 from featurecache.errors import InputError
 
-__all__ = ["adapt_channels", "fold_batchnorm", "freeze", "freeze_batchnorm", "parameter_groups", "unfreeze"]
+__all__ = [
+    "adapt_channels", "blocks", "checkpointed", "compiled", "fold_batchnorm", "freeze", "freeze_batchnorm",
+    "parameter_groups", "unfreeze",
+]  # fmt: skip
 
 
 def stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -88,3 +92,82 @@ def _layers(module: nn.Module, recurse: bool) -> int:
     """How many modules hold parameters of their own: the module itself, and those in it if `recurse`."""
     inside = module.modules() if recurse else [module]
     return sum(1 for child in inside if any(True for _ in child.parameters(recurse=False)))
+
+
+def blocks(module: nn.Module, tapped: Iterable[str] = ()) -> list[nn.Module]:
+    """The parts of a body that run as a unit: containers of at least two layers, together most of the body.
+
+    Args:
+        module: the body.
+        tapped: dotted names of modules whose activations are taken: none of them lies inside a block, since a hook
+            there would fire again when the block is recomputed, or not at all once it is compiled.
+    """
+    inner = {module.get_submodule(name) for name in tapped if name}
+    most = max(8, _layers(module, True) // 8)
+    found: list[nn.Module] = []
+
+    def walk(parent: nn.Module) -> None:
+        for child in parent.children():
+            size = _layers(child, True)
+            inside = set(child.modules()) - {child}
+            runs = not isinstance(child, nn.ModuleList | nn.ModuleDict)
+            if runs and 2 <= size <= most and not inner & inside:
+                found.append(child)
+            elif size >= 2:
+                walk(child)
+
+    walk(module)
+    return found
+
+
+@contextmanager
+def checkpointed(units: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it the modules keep no activations for the backward pass, but compute them anew there.
+
+    Raises:
+        InputError: while it runs: a module changes its input in place, so that it could not be computed anew.
+    """
+    with _replaced(units, _recomputed):
+        yield
+
+
+@contextmanager
+def compiled(units: Iterable[nn.Module], **options: Any) -> Iterator[None]:
+    """Within it the modules run through torch.compile; hooks on a module itself still fire."""
+    import torch
+
+    with _replaced(units, lambda module: torch.compile(module.forward, **options)):
+        yield
+
+
+@contextmanager
+def _replaced(units: Iterable[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Within it each module's forward is what `make` gives."""
+    changed = list(dict.fromkeys(units))
+    for module in changed:
+        module.forward = make(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward  # the class's own shows again
+
+
+def _recomputed(module: nn.Module) -> Callable[..., Any]:
+    from torch.utils.checkpoint import checkpoint
+
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        before = [value._version for value in given]
+        # Bodies run in eval mode: nothing in them draws random numbers.
+        output = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        if [value._version for value in given] != before:
+            raise InputError(
+                f"--checkpoint-activations: a {type(module).__name__} of the body changes its input in place, so it "
+                "can't be computed anew. Leave the option out."
+            )
+        return output
+
+    return run

@@ -14,7 +14,7 @@ from featurecache.bodies.tapped import BODY, INPUT, OUTPUT, PRE_LOGITS, Resolved
 from featurecache.config import Tap
 from featurecache.errors import InputError, did_you_mean
 
-__all__ = ["ModuleInfo", "ResolvedTap", "Tapped", "describe", "dummy", "resolve_taps"]
+__all__ = ["ModuleInfo", "ResolvedTap", "Tapped", "describe", "dummy", "map_tap", "resolve_taps"]
 
 PENULTIMATE = "penultimate"
 BATCH = 2  # of the trial pass, so that a first dimension that is not the batch shows
@@ -199,6 +199,31 @@ def _resolve(trial: _Trial, tap: Tap) -> ResolvedTap:
     pooling, kind = choose_pooling(tap.pool, x, size=trial.size, module=target, body=module, where=where)
     shape = tuple(pooling(x).shape[1:])
     return ResolvedTap(text, name, on, call, pooling.name, pooling.parameters, shape, pooling.dims(kind), behind)
+
+
+def map_tap(body: Body, size: tuple[int, int]) -> Tap:
+    """The last map before the classifier, averaged over its width: (channels, height) features.
+
+    Raises:
+        InputError: the body gives no map of more than one row on images of this size.
+    """
+    trial = _Trial(body, size)
+    value = _penultimate(trial)[3]
+    map_itself = isinstance(value, Tensor) and value.ndim == 4
+    if map_itself and value.shape[2] > 1:
+        return Tap(pool="rows")
+    # In the order in which they ended: of nested ones the outermost comes last.
+    for name in () if map_itself else reversed(trial.outputs):
+        value = trial.outputs[name][0].value
+        if isinstance(value, Tensor) and value.ndim == 3:
+            break  # tokens: a map before them is no more than the cut into patches
+        if name and len(trial.outputs[name]) == 1 and isinstance(value, Tensor) and value.ndim == 4:
+            if value.shape[2] > 1:
+                return Tap(module=name, pool="rows")
+    raise InputError(
+        f"{body.name}: gives no map of more than one row on {size[0]}x{size[1]} images. Use larger images, or name a "
+        f"tap: featurecache bodies show {body.name}"
+    )
 
 
 def _penultimate(trial: _Trial) -> tuple[str, str, int, Any, frozenset[str]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurecache.cli import options as opt
+from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Output, Quiet, command
 from featurecache.cli.progress import reporter
 from featurecache.errors import InputError
@@ -20,33 +21,28 @@ EPILOG = "Example: featurecache ablate cache --dataset manifest --target label -
 
 def ablate(
     ctx: typer.Context,
-    store: Annotated[Path, typer.Argument(help="The store that `featurecache extract` made.")],
-    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store.")],
+    store: two.Store,
+    dataset: two.Dataset,
     target: opt.TargetOption = None,
     head: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Heads to fit on every arm.")] = "logistic",
     out: Annotated[Path | None, typer.Option(help="Folder for ablation.json and ablation.csv.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A run of the same samples: into RUN/ablation/ and its report.")
+    ] = None,
     overwrite: opt.Overwrite = False,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE or HEAD.KEY=VALUE", help="A head's own setting.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="Default roc_auc; accuracy for several classes, r2 for numbers.")
-    ] = None,
+    metric: two.Metric = None,
     seeds: Annotated[int, typer.Option(min=1, help="Divisions of the samples.", rich_help_panel=opt.SPLIT)] = 5,
     cv: Annotated[
         int | None, typer.Option(metavar="K", min=2, help="K folds in place of seeds.", rich_help_panel=opt.SPLIT)
     ] = None,
-    views: Annotated[str | None, typer.Option(metavar="A,B", help="Default: all.", rich_help_panel=opt.DATA)] = None,
-    tap: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:POOL]", help="Or VIEW=NAME[:POOL]; default the only one.", rich_help_panel=opt.DATA
-        ),
-    ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DIGEST or VIEW=DIGEST", help="Default: the dataset's.", rich_help_panel=opt.DATA),
-    ] = None,
+    views: two.Views = None,
+    tap: two.Tap = None,
+    recipe: two.RecipeDigest = None,
+    manifest: two.Labels = None,
+    allow_partial: two.AllowPartial = False,
     missing: opt.MissingOption = opt.MissingChoice.zero,
     task: opt.TaskOption = opt.TaskChoice.auto,
     uncertain: opt.Uncertain = None,
@@ -55,9 +51,7 @@ def ablate(
     seed: Annotated[int, typer.Option(help="Of the first division and its heads.", rich_help_panel=opt.SPLIT)] = 0,
     valid: opt.Valid = 0.15,
     test: opt.Test = 0.15,
-    memory: Annotated[
-        str, typer.Option(help="Bytes of features to hold in RAM, or auto.", rich_help_panel=opt.DEVICE)
-    ] = "auto",
+    memory: two.Memory = "auto",
     device: opt.DeviceOption = "auto",
     bootstrap: Annotated[
         int, typer.Option(min=1, help="Resamples of the groups per interval.", rich_help_panel=opt.SPLIT)
@@ -68,31 +62,29 @@ def ablate(
 ) -> None:
     """Fit heads on each view alone, fused, late-fused and with shuffled partners; say whether joining views helps."""
     with command("ablate", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.config import FitConfig
+        heads = list(opt.listed(head))
+        if not heads:
+            raise InputError(f"--head {head!r}: name a head, or several, separated by commas")
+        config = two.fit_config(ctx.params, "ablate", head=heads[0], settings={}, replicas="none")
+        from featurecache.run import load_run
 
-        params = ctx.params
-        heads = [name for name in opt.listed(head) if name]
-        config = FitConfig.create(
-            {
-                **opt.target_options(params),
-                **opt.split_options(params),
-                **{name: params[name] for name in ("store", "dataset", "memory", "device", "bootstrap")},
-                "missing": str(missing),
-                "replicas": "none",
-                "views": opt.listed(views),
-                "tap": opt.taps(tap, opt.named_views(tap)),
-                "recipe": opt.per_view("--recipe", recipe, opt.named_views(recipe)),
-            },
-            source="ablate",
-        )
-        if out is not None:
-            make_folder(out, overwrite=overwrite)
+        loaded = load_run(run) if run is not None else None
+        folder = out if loaded is None else loaded.path / "ablation"
+        if folder is not None and out is not None and loaded is not None:
+            raise InputError("--out and --run: give either, the folder of the run is RUN/ablation")
+        if loaded is None and folder is not None:
+            make_folder(folder, overwrite=overwrite)
         from featurecache.fit import open_dataset, torch_device
         from featurecache.reporting.ablate import ablate as run_ablation
+        from featurecache.reporting.ablate import check_run
 
+        data = open_dataset(config)
+        if loaded is not None:
+            check_run(loaded, data)
+            make_folder(loaded.path / "ablation", overwrite=overwrite)
         with reporter(quiet=quiet) as progress:
             found = run_ablation(
-                open_dataset(config),
+                data,
                 heads,
                 split=config,
                 seeds=seeds,
@@ -103,9 +95,13 @@ def ablate(
                 device=torch_device(config.device),
                 reporter=progress,
             )
-        if out is not None:
-            found.write(out)
-        show(output, found, out)
+        if folder is not None:
+            found.write(folder)
+        if loaded is not None:
+            from featurecache.reporting.report import write_report
+
+            write_report(loaded.path)
+        show(output, found, folder)
 
 
 def make_folder(out: Path, *, overwrite: bool) -> None:

@@ -8,15 +8,14 @@ from typing import Annotated
 import typer
 
 from featurecache.cli.output import Debug, Json, Quiet, command
+from featurecache.cli.stagetwo import Metric
 
 EPILOG = "Example: featurecache compare runs/fc runs/logistic runs/xgb --metric balanced_accuracy"
 
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more, fitted with the same split.")],
-    metric: Annotated[
-        str | None, typer.Option(help="Default roc_auc; accuracy for several classes, r2 for numbers.")
-    ] = None,
+    metric: Metric = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here, too, as JSON.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the groups per interval.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,

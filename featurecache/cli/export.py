@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from featurecache.cli import options as opt
+from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Quiet, command, human_bytes
 
 EPILOG = "Example: featurecache export cache --dataset manifest --format parquet --out features.parquet"
@@ -23,26 +24,16 @@ class FormatChoice(StrEnum):
 
 
 def export(
-    store: Annotated[Path, typer.Argument(help="The store that `featurecache extract` made.")],
-    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store.")],
+    store: two.Store,
+    dataset: two.Dataset,
     out: Annotated[Path, typer.Option(help="The file to write.")],
     format: Annotated[FormatChoice, typer.Option(help="Kind of file.")] = FormatChoice.parquet,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    views: Annotated[str | None, typer.Option(metavar="A,B", help="Default: all.", rich_help_panel=opt.DATA)] = None,
-    tap: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:POOL]", help="Or VIEW=NAME[:POOL]; default the only one.", rich_help_panel=opt.DATA
-        ),
-    ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DIGEST or VIEW=DIGEST", help="Default: the dataset's.", rich_help_panel=opt.DATA),
-    ] = None,
+    views: two.Views = None,
+    tap: two.Tap = None,
+    recipe: two.RecipeDigest = None,
     missing: opt.MissingOption = opt.MissingChoice.zero,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Use what is extracted so far.", rich_help_panel=opt.DATA)
-    ] = False,
+    allow_partial: two.AllowPartial = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -77,6 +77,7 @@ def extract(
     root: opt.Root = None,
     allow_outside: opt.AllowOutside = False,
     reader: opt.ReaderOption = None,
+    reader_set: opt.ReaderSet = None,
     box: opt.Box = None,
     frame: opt.Frame = None,
     flip_if: opt.FlipIf = None,
@@ -168,10 +169,13 @@ def extract(
             for line in plan.lines():
                 output.text(line)
             return
+        from featurecache.survey import Survey
+
+        survey = Survey(config)  # reads the manifest and looks at its files while this imports torch:
         from featurecache.extract import extract as run
 
         with reporter(quiet=quiet) as progress:
-            summary = run(config, progress)
+            summary = run(config, progress, survey)
         show(output, summary)
 
 

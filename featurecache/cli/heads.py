@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from featurecache.cli import options as opt
+from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Output, Quiet, command, typed_command
 from featurecache.cli.progress import reporter
 
@@ -23,99 +24,44 @@ SHOWN = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1_ma
 
 def fit_head(
     ctx: typer.Context,
-    store: Annotated[Path, typer.Argument(help="The store that `featurecache extract` made.")],
-    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store.")],
+    store: two.Store,
+    dataset: two.Dataset,
     target: opt.TargetOption = None,
-    head: Annotated[str, typer.Option(help="fc, logistic, xgboost or a registered one.")] = "fc",
+    head: two.HeadName = "fc",
     out: opt.OutRun = None,
     overwrite: opt.Overwrite = False,
     setting: opt.SetOption = None,
-    views: Annotated[str | None, typer.Option(metavar="A,B", help="Default: all.", rich_help_panel=opt.DATA)] = None,
-    tap: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:POOL]", help="Or VIEW=NAME[:POOL]; default the only one.", rich_help_panel=opt.DATA
-        ),
-    ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DIGEST or VIEW=DIGEST", help="Default: the dataset's.", rich_help_panel=opt.DATA),
-    ] = None,
-    manifest: Annotated[
-        Path | None, typer.Option(help="Take corrected labels from it; computes nothing.", rich_help_panel=opt.DATA)
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Use what is extracted so far.", rich_help_panel=opt.DATA)
-    ] = False,
+    views: two.Views = None,
+    tap: two.Tap = None,
+    recipe: two.RecipeDigest = None,
+    manifest: two.Labels = None,
+    allow_partial: two.AllowPartial = False,
     missing: opt.MissingOption = opt.MissingChoice.zero,
-    replicas: Annotated[
-        str,
-        typer.Option(
-            metavar="all|none", help="Train on augmented versions too, where there are.", rich_help_panel=opt.DATA
-        ),
-    ] = "all",
+    replicas: two.ReplicasOption = "all",
     task: opt.TaskOption = opt.TaskChoice.auto,
     uncertain: opt.Uncertain = None,
     split: opt.Split = "auto",
     group: opt.Group = None,
-    seed: Annotated[int, typer.Option(help="Of the split and the head.", rich_help_panel=opt.SPLIT)] = 0,
+    seed: two.Seed = 0,
     valid: opt.Valid = 0.15,
     test: opt.Test = 0.15,
-    memory: Annotated[
-        str, typer.Option(help="Bytes of features to hold in RAM, or auto.", rich_help_panel=opt.DEVICE)
-    ] = "auto",
+    cv: two.Folds = None,
+    at: two.DecideAt = None,
+    calibrate: two.Calibrate = None,
+    bootstrap: two.Bootstrap = 1000,
+    images: two.Images = "12",
+    about: two.AboutFile = None,
+    memory: two.Memory = "auto",
     device: opt.DeviceOption = "auto",
-    bootstrap: Annotated[
-        int, typer.Option(help="Resamples of the groups per interval; 0 for none.", rich_help_panel=opt.SPLIT)
-    ] = 1000,
-    cv: Annotated[
-        int | None,
-        typer.Option(
-            "--cv", metavar="K", min=2, help="Cross-validate: out-of-fold predictions.", rich_help_panel=opt.SPLIT
-        ),
-    ] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(
-            metavar="sensitivity=X",
-            help="Or specificity=X: decide there; chosen on validation.",
-            rich_help_panel=opt.SPLIT,
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="temperature|isotonic", help="Put probabilities right on validation.", rich_help_panel=opt.SPLIT
-        ),
-    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train a head on cached features of all views, and write a run with metrics, predictions and report."""
     with command("fit-head", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.config import FitConfig
-
-        params = ctx.params
-        own = ("store", "dataset", "head", "out", "overwrite", "manifest", "allow_partial", "memory", "device")
-        config = FitConfig.create(
-            {
-                **opt.target_options(params),
-                **opt.split_options(params),
-                **{name: params[name] for name in (*own, "bootstrap", "cv", "at", "calibrate", "replicas")},
-                "missing": str(missing),
-                "views": opt.listed(views),
-                "tap": opt.taps(tap, opt.named_views(tap)),
-                "recipe": opt.per_view("--recipe", recipe, opt.named_views(recipe)),
-                "settings": opt.pairs("--set", setting),
-            },
-            source="fit-head",
-        )
+        config = two.fit_config(ctx.params, "fit-head")
         from featurecache.crossval import fit_from_config
-        from featurecache.heads.base import get_head
 
-        known = get_head(head).Settings.model_fields
-        config = config.model_copy(update={"settings": opt.settings(setting, known)})
         with reporter(quiet=quiet) as progress:
             run = fit_from_config(config, command=typed_command(), reporter=progress)
         show_run(output, run)

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from featurecache.cli import jointoptions as net
 from featurecache.cli import options as opt
 from featurecache.cli.heads import show_run
 from featurecache.cli.output import Debug, Json, Quiet, command, typed_command
 from featurecache.cli.progress import reporter
 
-TRAIN = "Training"
+TRAIN, SCHEDULE, ENGINE = "Training", "Schedule", "Engine and checkpoints"
 EPILOG = (
     "Example: featurecache fit-head cache --dataset manifest --target label --head fc --out runs/fc, then "
     "featurecache finetune-joint manifest.csv --init runs/fc --epochs 5 --out runs/joint"
 )
+
+
+class UnfreezeChoice(StrEnum):
+    """When the layers of the bodies begin to learn."""
+
+    all = "all"
+    gradual = "gradual"
+
+
+def follows() -> bool:
+    """Whether torchrun started this process beside a first one, which does the talking."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def augment_options(values: list[str] | None) -> dict[str, dict[str, tuple[str, ...]]]:
+    """`A,B` and `VIEW=A,B` entries of --augment, as configuration; what is not given keeps its default."""
+    found = {}
+    for value in values or ():
+        view, equals, names = value.rpartition("=")
+        found[view if equals else opt.ANY_VIEW] = () if names == "none" else opt.listed(names)
+    return {"augment": {opt.ANY_VIEW: ("crop", "flip"), **found}} if found else {}
 
 
 def finetune_joint(
@@ -25,29 +49,71 @@ def finetune_joint(
     target: opt.TargetOption = None,
     out: opt.OutRun = None,
     overwrite: opt.Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete epoch.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     init: Annotated[
         Path | None,
         typer.Option(
             help="A fitted fc run to start from; brings views, bodies, target and split.", rich_help_panel=TRAIN
         ),
     ] = None,
-    share_bodies: Annotated[
-        bool, typer.Option("--share-bodies", help="One body for all views.", rich_help_panel=TRAIN)
-    ] = False,
-    fusion: Annotated[str, typer.Option(help="How views are joined.", rich_help_panel=TRAIN)] = "concat",
-    epochs: Annotated[int, typer.Option(help="Epochs with the bodies trained.", rich_help_panel=TRAIN)] = 5,
-    freeze_epochs: Annotated[int, typer.Option(help="Epochs before, head only.", rich_help_panel=TRAIN)] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the head.", rich_help_panel=TRAIN)] = 1e-3,
-    body_lr: Annotated[float, typer.Option(help="Of the lowest layers.", rich_help_panel=TRAIN)] = 1e-4,
-    weight_decay: Annotated[float, typer.Option(help="Not on norms and biases.", rich_help_panel=TRAIN)] = 0.01,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.", rich_help_panel=TRAIN)] = 1.0,
+    share_bodies: net.ShareBodies = net.Share.none,
+    stem: net.Stem = None,
+    fusion: net.Fusion = "concat",
+    tap: net.TapOption = None,
+    detach: net.Detach = False,
+    pairs: net.Pairs = False,
+    train_from: net.TrainFrom = None,
+    store: net.Store = None,
+    store_dtype: net.StoreDtype = net.StoreType.float16,
+    engine: net.Engine = net.EngineChoice.auto,
+    replicas: net.Replicas = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs with the bodies trained.", rich_help_panel=SCHEDULE)] = 5,
+    freeze_epochs: Annotated[
+        int | None, typer.Option(help="Epochs before, head only; 1, with --init 0.", rich_help_panel=SCHEDULE)
+    ] = None,
+    unfreeze: Annotated[
+        UnfreezeChoice, typer.Option(help="gradual: layers from the top, in turn.", rich_help_panel=SCHEDULE)
+    ] = UnfreezeChoice.all,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE|find", help="Peak rate of the head: 1e-3, with --init 1e-4.", rich_help_panel=SCHEDULE
+        ),
+    ] = None,
+    body_lr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW[:HIGH]",
+            help="Of the lowest layers, or lowest and highest; a tenth of --lr.",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
+    warm_up: Annotated[
+        float, typer.Option(help="Part of the steps with rising rates.", rich_help_panel=SCHEDULE)
+    ] = 0.25,
+    weight_decay: Annotated[float, typer.Option(help="Not on norms and biases.", rich_help_panel=SCHEDULE)] = 0.01,
+    clip: Annotated[
+        float, typer.Option(help="Largest norm of the gradient; 0 for none.", rich_help_panel=SCHEDULE)
+    ] = 1.0,
+    accumulate: Annotated[int, typer.Option(help="Batches per optimiser step.", rich_help_panel=SCHEDULE)] = 1,
+    ema: Annotated[
+        float, typer.Option(metavar="DECAY", help="Keep averaged weights (0.999); 0: off.", rich_help_panel=SCHEDULE)
+    ] = 0.0,
+    patience: Annotated[
+        int | None, typer.Option(metavar="EPOCHS", help="Stop without a better loss.", rich_help_panel=SCHEDULE)
+    ] = None,
     view_dropout: Annotated[
-        float, typer.Option(help="Chance that a view is hidden in training.", rich_help_panel=TRAIN)
-    ] = 0.1,
+        float | None,
+        typer.Option(help="Chance that a view is hidden in training; 0.1, with --init 0.", rich_help_panel=TRAIN),
+    ] = None,
     augment: Annotated[
-        str, typer.Option(help="crop, flip, vflip, rotate, colour; none.", rich_help_panel=TRAIN)
-    ] = "crop,flip",
+        list[str] | None,
+        typer.Option(
+            metavar="A,B or VIEW=A,B",
+            help="crop, flip, vflip, rotate, colour, mixup, cutmix; none. Default crop,flip.",
+            rich_help_panel=TRAIN,
+        ),
+    ] = None,
     setting: opt.SetOption = None,
     task: opt.TaskOption = opt.TaskChoice.auto,
     uncertain: opt.Uncertain = None,
@@ -69,6 +135,7 @@ def finetune_joint(
     root: opt.Root = None,
     allow_outside: opt.AllowOutside = False,
     reader: opt.ReaderOption = None,
+    reader_set: opt.ReaderSet = None,
     box: opt.Box = None,
     frame: opt.Frame = None,
     flip_if: opt.FlipIf = None,
@@ -85,6 +152,18 @@ def finetune_joint(
     trust_factory: opt.TrustFactory = None,
     device: opt.DeviceOption = "auto",
     precision: opt.PrecisionOption = opt.PrecisionChoice.auto,
+    checkpoint_every: Annotated[
+        str, typer.Option(metavar="STEPS|TIME", help="Within epochs: 200, 10m, none.", rich_help_panel=ENGINE)
+    ] = "10m",
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Less memory, more time.", rich_help_panel=ENGINE)
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Bodies through torch.compile.", rich_help_panel=ENGINE)
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to RUN/tensorboard, too.", rich_help_panel=ENGINE)
+    ] = False,
     batch_size: opt.BatchSize = "auto",
     workers: opt.Workers = "auto",
     as_json: Json = False,
@@ -92,22 +171,27 @@ def finetune_joint(
     debug: Debug = False,
 ) -> None:
     """Fine-tune the bodies of all views and the head together, end to end; write a run with the tuned bodies."""
+    second = follows()
+    quiet, as_json = quiet or second, as_json and not second
     with command("finetune-joint", as_json=as_json, quiet=quiet, debug=debug) as output:
         from featurecache.config import JointConfig
         from featurecache.heads.fc import FCSettings
 
         params = ctx.params
-        own = ("out", "overwrite", "resume", "init", "share_bodies", "fusion", "epochs", "freeze_epochs", "lr")
-        more = ("body_lr", "weight_decay", "clip", "view_dropout", "bootstrap")
+        own = ("out", "overwrite", "resume", "init", "epochs", "freeze_epochs", "lr")
+        more = ("body_lr", "weight_decay", "clip", "view_dropout", "bootstrap", "warm_up", "accumulate", "ema")
+        running = ("patience", "checkpoint_every", "checkpoint_activations", "compile", "tensorboard")
         values = {
             **opt.manifest_options(params),
             **opt.body_options(params, "torchvision/densenet121"),
+            **net.network_options(params),
             **opt.device_options(params),
             **opt.target_options(params),
             **opt.split_options(params),
-            **{name: params[name] for name in (*own, *more)},
+            **{name: params[name] for name in (*own, *more, *running)},
+            **augment_options(augment),
+            "unfreeze": str(unfreeze),
             "missing": str(missing),
-            "augment": () if augment == "none" else opt.listed(augment),
             "settings": opt.settings(setting, FCSettings.model_fields),
         }
         config = JointConfig.create(values, source="finetune-joint")
@@ -115,6 +199,8 @@ def finetune_joint(
 
         with reporter(quiet=quiet) as progress:
             run = run_training(config, command=typed_command(), reporter=progress)
+        if second:
+            return
         show_run(output, run)
         if run.record.get("best_epoch") == 0:
             output.text("note      no epoch had a lower validation loss than the start, whose weights were kept")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from featurecache.errors import InputError, did_you_mean
+from featurecache.typed import toml_value
 
 ANY_VIEW = "*"  # that of featurecache.config, which --help need not import
 DATA, BODY, DEVICE, SPLIT, TARGET = "Samples and views", "Body and preprocessing", "Device", "Split", "Target"
@@ -81,7 +82,22 @@ AllowOutside = Annotated[
     bool, typer.Option("--allow-outside", help="Accept paths outside the root.", rich_help_panel=DATA)
 ]
 ReaderOption = Annotated[
-    list[str] | None, typer.Option("--reader", metavar=PER_VIEW, help="image or array.", rich_help_panel=DATA)
+    list[str] | None,
+    typer.Option(
+        "--reader",
+        metavar=PER_VIEW,
+        help="image, dicom, array, text, mask, or package.module:function.",
+        rich_help_panel=DATA,
+    ),
+]
+ReaderSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reader-set",
+        metavar="KEY=VALUE or VIEW.KEY=VALUE",
+        help="A reader's own setting, such as window=40,400 or alphabet=abc; numbers as such.",
+        rich_help_panel=DATA,
+    ),
 ]
 Box = Annotated[
     list[str] | None,
@@ -219,6 +235,22 @@ def named_views(values: Sequence[str] | None) -> list[str]:
     return [value.partition("=")[0] for value in values or () if "=" in value]
 
 
+def reader_settings(values: Sequence[str] | None, views: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`KEY=VALUE` and `VIEW.KEY=VALUE` entries by view (`*` for all), each value as TOML would write it, else text.
+
+    `A,B` of two numbers or more is a list.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, text in pairs("--reader-set", values).items():
+        view, dot, key = name.rpartition(".")
+        if dot and view not in views:
+            raise InputError(
+                f"--reader-set {name}: no view {view!r}.{did_you_mean(view, views)} Views: {', '.join(views)}."
+            )
+        found.setdefault(view or ANY_VIEW, {})[key] = toml_value(text)
+    return found
+
+
 def listed(text: str | None) -> tuple[str, ...]:
     """`A,B` as ('A', 'B')."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
@@ -256,6 +288,7 @@ def manifest_options(params: Mapping[str, Any]) -> dict[str, Any]:
         "root": params["root"],
         "allow_outside": params["allow_outside"],
         "reader": per_view("--reader", params["reader"], names) or "image",
+        "reader_settings": reader_settings(params["reader_set"], names),
         "box": {view: columns.split(",") for view, columns in pairs("--box", params["box"]).items()},
         "frame": pairs("--frame", params["frame"]),
         "flip_if": pairs("--flip-if", params["flip_if"]),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurecache.cli import options as opt
+from featurecache.cli import stagetwo as two
 from featurecache.cli.heads import flat_metrics, metric_line, split_label
 from featurecache.cli.output import Debug, Json, Output, Quiet, command
 from featurecache.cli.progress import reporter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 RUN = Annotated[Path, typer.Argument(help="A run of fit-head or finetune-joint.")]
 STORE = Annotated[Path | None, typer.Option(help="Keep features here: the next time only new images are computed.")]
+TTA = Annotated[int, typer.Option("--tta", metavar="N", help="Joint runs: average N augmented versions.")]
 PREDICT_EPILOG = (
     "Example: featurecache predict runs/xgb new.csv --out preds.csv --store cache. Single files of a two-view run: "
     "featurecache predict runs/xgb frontal=a.png lateral=b.png --out preds.csv"
@@ -45,6 +47,7 @@ def new_samples(run: Run, params: dict[str, Any], sources: tuple[str, ...]) -> N
         device=params["device"],
         batch_size=params["batch_size"],
         workers=params["workers"],
+        tta=params["tta"],
     )
 
 
@@ -66,6 +69,7 @@ def predict(
     device: opt.DeviceOption = "auto",
     batch_size: opt.BatchSize = "auto",
     workers: opt.Workers = "auto",
+    tta: TTA = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -102,17 +106,16 @@ def evaluate(
     device: opt.DeviceOption = "auto",
     batch_size: opt.BatchSize = "auto",
     workers: opt.Workers = "auto",
+    tta: TTA = 0,
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Measure each value of a column on its own, too.")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Without MANIFEST: where COLUMN is, by sample_id; the run's manifest, say.")
+        Path | None, typer.Option(help="Without MANIFEST: where COLUMN is, by --id; the run's manifest, say.")
     ] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(metavar="sensitivity=X", help="Or specificity=X: decide there; chosen on the run's validation."),
-    ] = None,
-    bootstrap: Annotated[int, typer.Option(help="Resamples of the groups per interval; 0 for none.")] = 1000,
+    at: two.DecideAt = None,
+    bootstrap: two.Bootstrap = 1000,
+    images: two.Images = "12",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -134,11 +137,13 @@ def evaluate(
         from featurecache.evaluate import evaluate_own
 
         if manifest is None:
-            found = evaluate_own(loaded, by=by, table=table, at=at, bootstrap=bootstrap)
+            found = evaluate_own(loaded, by=by, table=table, id=ctx.params["id"], at=at, bootstrap=bootstrap)
         else:
             with reporter(quiet=quiet) as progress:
                 new = new_samples(loaded, ctx.params, (manifest,))
-                found = run_evaluation(loaded, new, by=by, at=at, bootstrap=bootstrap, reporter=progress)
+                found = run_evaluation(
+                    loaded, new, by=by, at=at, bootstrap=bootstrap, images=two.image_count(images), reporter=progress
+                )
         output.outputs = [str(found.path)]
         output.figures = {"run": str(run), **flat_metrics(found.metrics)}
         if found.scored is not None:
@@ -149,7 +154,7 @@ def evaluate(
         output.text(metric_line(split_label(loaded, "test") if manifest is None else "test", found.metrics["test"]))
         show_subgroups(output, by or "", found.subgroups)
         output.text(f"written   {found.path}")
-        output.next = f"compare with the run's own: featurecache evaluate {run}"
+        output.next = f"open {found.path}/report.html"
 
 
 def show_subgroups(output: Output, by: str, subgroups: list[Subgroup]) -> None:

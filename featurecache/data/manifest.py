@@ -14,7 +14,7 @@ from featurecache.config import ManifestConfig, for_view
 from featurecache.data.layouts import Layout, read_long, read_wide
 from featurecache.data.paths import locate
 from featurecache.data.selectors import selector_columns, selector_shape_problems
-from featurecache.data.tables import ARRAY_SUFFIXES, IMAGE_SUFFIXES, Source, read_source
+from featurecache.data.tables import Source, folder_suffixes, read_source
 from featurecache.errors import InputError, did_you_mean
 
 # Without --view: a table with one of these columns has the one view `image`.
@@ -82,8 +82,7 @@ def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
         MissingFileError: no such file or folder.
         InputError: everything that is wrong, found at once (`problems`), each with file, line or row, and column.
     """
-    suffixes = ARRAY_SUFFIXES if for_view(config.reader, "image", "image") == "array" else IMAGE_SUFFIXES
-    source = read_source(config.manifest, suffixes=suffixes)
+    source = read_source(config.manifest, suffixes=folder_suffixes(for_view(config.reader, "image", "image")))
     problems = [*source.problems, *_option_problems(config)]
     for column, option in selector_columns(config):
         problems += [complaint] if (complaint := source.missing(column, option)) else []
@@ -136,6 +135,7 @@ def _unknown_views(config: ManifestConfig, views: tuple[str, ...]) -> list[str]:
         "--frame": config.frame,
         "--flip-if": config.flip_if,
         "--reader": config.reader,
+        "--reader-set": config.reader_settings,
     }
     return [
         f"{option} {view}=...: there is no view {view!r}.{did_you_mean(view, views)} Views: {', '.join(views)}"

@@ -17,6 +17,12 @@ from featurecache.errors import InputError, MissingFileError, did_you_mean
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 ARRAY_SUFFIXES = (".npy",)
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+
+def folder_suffixes(reader: str) -> tuple[str, ...]:
+    """Which files of a folder a reader of the view `image` is for, in lower case."""
+    return {"array": ARRAY_SUFFIXES, "dicom": DICOM_SUFFIXES}.get(reader, IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ class Augmentation:
         Raises:
             InputError: the preprocessing leaves images at sizes of their own.
         """
+        if preprocessing.size() == (1, 1):  # a text: its numbers are characters, which are never brighter
+            return preprocessing.apply(image)
         if "crop" in self.names:
             tensor = self._crop(to_tensor(image), preprocessing, draw)
         else:

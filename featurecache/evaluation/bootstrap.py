@@ -13,10 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.cut import Threshold
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, did_you_mean
-from featurecache.evaluation.metrics import Threshold, metric_names
-from featurecache.evaluation.weighted import Array, Part, Table, mean_defined, weighted_parts
+from featurecache.evaluation.metrics import metric_names
+from featurecache.evaluation.weighted import (
+    CLASS_FIGURES,
+    COUNTS,
+    Array,
+    Part,
+    Table,
+    mean_defined,
+    per_class,
+    weighted_parts,
+)
 
 BLOCK = 4_000_000  # weights held at a time
 ENOUGH = 0.5  # an interval needs at least this share of resamples in which the metric is defined
@@ -176,7 +186,7 @@ def repeated_replicates(
             parts.append((rows, name, weighted_parts(repeat.target, said.scores, said.threshold, wanted)))
     codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
     blocks: dict[str, list[Array]] = {name: [] for name in repeats[0].said}
-    for weights in _weights(codes, n, seed):
+    for weights in group_weights(codes, n, seed):
         values: dict[str, list[Array]] = {name: [] for name in blocks}
         for rows, name, of_labels in parts:
             values[name].append(mean_defined([part(weights[:, rows])[metric] for part in of_labels]))
@@ -192,6 +202,51 @@ def percentile_interval(values: Array) -> list[float] | None:
         return None
     low, high = np.percentile(defined, [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def class_tables(
+    target: Target,
+    scores: NDArray[Any],
+    groups: Sequence[Any] | NDArray[Any] | None,
+    *,
+    n: int = 1000,
+    seed: int = 0,
+    threshold: Threshold = None,
+) -> dict[str, dict[str, Any]]:
+    """Figures of each class against the rest, at the decisions that the threshold (or the highest probability) gives.
+
+    Args:
+        target: binary or multiclass, aligned with `scores`.
+        scores: as in `compute_metrics`.
+        groups: as in `bootstrap_intervals`.
+        n: resamples; 0 for no intervals.
+        seed: of the resampling.
+        threshold: as in `compute_metrics`.
+
+    Returns:
+        class -> `n` of the class, `predicted`, `right`, and as floats or None `prevalence`, `sensitivity`,
+        `specificity`, `ppv`, `npv`, `f1`, `roc_auc`, `average_precision`; `intervals`: figure -> [low, high].
+    """
+    known = np.asarray(target.known)
+    part = per_class(target, scores, threshold)
+    once = part(np.ones((1, int(np.count_nonzero(known)))))
+    codes = np.arange(int(known.sum())) if groups is None else np.asarray(groups)[known]
+    codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    blocks = [part(weights) for weights in group_weights(codes, n, seed)]
+    found: dict[str, dict[str, Any]] = {}
+    for number, label in enumerate(target.classes):
+        row: dict[str, Any] = {name: int(once[name][number, 0]) for name in COUNTS}
+        for name in once:
+            if name not in COUNTS:
+                value = float(once[name][number, 0])
+                row[name] = value if np.isfinite(value) else None
+        intervals = {}
+        for name in CLASS_FIGURES if blocks else ():
+            ends = percentile_interval(np.concatenate([block[name][number] for block in blocks]))
+            if ends is not None and row[name] is not None:
+                intervals[name] = ends
+        found[label] = {**row, "intervals": intervals} if n else row
+    return found
 
 
 def _observed(
@@ -228,13 +283,13 @@ def _sample(
         raise InputError(f"{len(groups)} groups for {len(target.values)} rows")
     codes = rows if groups is None else np.asarray(groups)[rows]
     codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
-    blocks = [[part(weights) for part in parts] for weights in _weights(codes, n, seed)]
+    blocks = [[part(weights) for part in parts] for weights in group_weights(codes, n, seed)]
     if not blocks:
         return [{name: np.empty(0) for name in wanted} for _ in parts]
     return [{name: np.concatenate([block[i][name] for block in blocks]) for name in wanted} for i in range(len(parts))]
 
 
-def _weights(codes: NDArray[np.int64], n: int, seed: int) -> Iterator[Array]:
+def group_weights(codes: NDArray[np.int64], n: int, seed: int) -> Iterator[Array]:
     """How often each row is in a resample, (up to n, n_rows), a block at a time."""
     if not len(codes):
         return

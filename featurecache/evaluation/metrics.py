@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from featurecache.cut import Threshold, threshold_of
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
 
-Threshold = float | Mapping[str, float | None] | None
 Values = dict[str, float | None]
 
 BINS = 15  # of the calibration error, as in Guo et al. (2017)
+SPECIFICITY = 0.9  # at which the sensitivity is read off the ROC curve
+AT_SPECIFICITY = "sensitivity_at_90_specificity"
 CLASSIFICATION = (
     "accuracy",
     "balanced_accuracy",
@@ -27,7 +28,7 @@ CLASSIFICATION = (
     "mcc",
     "ece",
 )
-BINARY = (*CLASSIFICATION, "sensitivity", "specificity")
+BINARY = (*CLASSIFICATION, "sensitivity", "specificity", "ppv", "npv", "f1", AT_SPECIFICITY)
 REGRESSION = ("r2", "rmse", "mae")
 LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece", "rmse", "mae"})
 
@@ -42,7 +43,8 @@ def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshol
 
     - Several classes: `roc_auc` and `average_precision` are means over the classes of one against the rest, over those
       that have both sides; `brier` sums over classes.
-    - Binary: the second class is the positive one; `ece` bins its probability. With several classes it bins the
+    - Binary: the second class is the positive one; `ece` bins its probability; `sensitivity_at_90_specificity` is read
+      off the ROC curve, by whatever threshold. With several classes it bins the
       highest probability.
     - Multilabel and several regression targets: means over those where a metric is defined, and each under `labels`.
 
@@ -50,8 +52,8 @@ def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshol
         target: aligned with `scores`.
         scores: probabilities (n, n_classes) or (n, n_labels), regression values (n, n_targets); NaN where a label was
             not trained.
-        threshold: from which probability on a binary target or label counts as positive: one, or one per label; None
-            is 0.5. Several classes take the most probable.
+        threshold: from which probability on a binary target or label counts as positive: one, or one per label, for all
+            rows or (n,) for each; None is 0.5. Several classes take the most probable.
 
     Returns:
         the metrics as floats or None; `n`, rows with a known target; `events`, positives (None where there are no two
@@ -64,7 +66,7 @@ def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshol
     names, values = target.names, target.values
     if target.task == "binary":
         known = values >= 0
-        return _binary(values[known], scores[known, 1], threshold_of(threshold, names[0]))
+        return _binary(values[known], scores[known, 1], threshold_of(threshold, names[0], known))
     if target.task == "multiclass":
         return _multiclass(target, scores)
     labels = {}
@@ -72,7 +74,7 @@ def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshol
         known = ~np.isnan(values[:, i])
         y, p = values[known, i], scores[known, i]
         labels[name] = (
-            _regression(y, p) if target.task == "regression" else _binary(y, p, threshold_of(threshold, name))
+            _regression(y, p) if target.task == "regression" else _binary(y, p, threshold_of(threshold, name, known))
         )
     if target.task == "regression" and len(names) == 1:
         return labels[names[0]]
@@ -84,33 +86,6 @@ def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshol
         defined = [label[metric] for label in labels.values() if label[metric] is not None]
         found[metric] = float(np.mean(defined)) if defined else None
     return found | {"labels": labels}
-
-
-def decide(target: Target, scores: NDArray[Any], *, threshold: Threshold = None) -> NDArray[Any]:
-    """What the scores predict.
-
-    Args:
-        target: says the task and the names; its values are not used.
-        scores: as in `compute_metrics`.
-        threshold: as in `compute_metrics`.
-
-    Returns:
-        class indices int64 (n,); multilabel float (n, n_labels) of 0, 1 and NaN; regression the values.
-    """
-    if target.task == "regression":
-        return np.asarray(scores)
-    if target.task == "multiclass":
-        return np.asarray(scores.argmax(axis=1), dtype=np.int64)
-    if target.task == "binary":
-        return np.asarray(scores[:, 1] >= threshold_of(threshold, target.names[0]), dtype=np.int64)
-    limits = np.array([threshold_of(threshold, name) for name in target.names])
-    return np.asarray(np.where(np.isnan(scores), np.nan, scores >= limits))
-
-
-def threshold_of(threshold: Threshold, name: str) -> float:
-    """The threshold of one label; 0.5 where none is given."""
-    found = threshold.get(name) if isinstance(threshold, Mapping) else threshold
-    return 0.5 if found is None else float(found)
 
 
 def checked_scores(target: Target, scores: NDArray[Any]) -> NDArray[np.float64]:
@@ -139,7 +114,7 @@ def calibration_error(confidence: NDArray[np.float64], outcome: NDArray[Any], *,
     return float(np.abs(gap).sum() / len(confidence))
 
 
-def _binary(y: NDArray[Any], p: NDArray[np.float64], threshold: float) -> dict[str, Any]:
+def _binary(y: NDArray[Any], p: NDArray[np.float64], threshold: float | NDArray[np.float64]) -> dict[str, Any]:
     """Metrics of the positive class's probability `p` (n,) against 0/1 (n,); None without rows or probabilities."""
     y = y.astype(np.int64)
     found: dict[str, Any] = {"n": len(y), "events": int(y.sum())}
@@ -147,7 +122,7 @@ def _binary(y: NDArray[Any], p: NDArray[np.float64], threshold: float) -> dict[s
         return found | dict.fromkeys(BINARY)
     both = np.stack([1 - p, p], axis=1)
     predicted = (p >= threshold).astype(np.int64)
-    positive = y == 1
+    positive, said = y == 1, predicted == 1
     defined = positive.any() and not positive.all()
     return found | {
         "accuracy": float(sk.accuracy_score(y, predicted)),
@@ -161,7 +136,17 @@ def _binary(y: NDArray[Any], p: NDArray[np.float64], threshold: float) -> dict[s
         "ece": calibration_error(p, y),
         "sensitivity": float(predicted[positive].mean()) if positive.any() else None,
         "specificity": float(1 - predicted[~positive].mean()) if not positive.all() else None,
+        "ppv": float(positive[said].mean()) if said.any() else None,
+        "npv": float(1 - positive[~said].mean()) if not said.all() else None,
+        "f1": float(sk.f1_score(y, predicted, zero_division=0)) if (positive | said).any() else None,
+        AT_SPECIFICITY: _sensitivity_at(positive, p) if defined else None,
     }
+
+
+def _sensitivity_at(positive: NDArray[np.bool_], p: NDArray[np.float64]) -> float:
+    """The highest sensitivity that any threshold reaches at a specificity of SPECIFICITY or more."""
+    alarms, hits, _ = sk.roc_curve(positive, p, drop_intermediate=False)
+    return float(hits[alarms <= 1 - SPECIFICITY + 1e-9].max())
 
 
 def _multiclass(target: Target, scores: NDArray[np.float64]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.cut import Threshold, at_rows
 from featurecache.data.targets import Target
 from featurecache.evaluation.bootstrap import bootstrap_intervals
-from featurecache.evaluation.metrics import Threshold, compute_metrics
+from featurecache.evaluation.metrics import compute_metrics
 
 FEW_GROUPS = 30  # below that a bootstrap's interval is too narrow to be trusted
 FEW_EVENTS = 10  # of the rarer answer, or class
@@ -71,11 +72,10 @@ def by_subgroup(
     for value in sorted(set(values[known].tolist())):
         rows = np.flatnonzero((values == value) & known)
         part = target.subset(rows)
-        metrics = compute_metrics(part, scores[rows], threshold=threshold)
+        cut = at_rows(threshold, rows)
+        metrics = compute_metrics(part, scores[rows], threshold=cut)
         of_groups = len(np.unique(groups[rows]))
-        intervals = (
-            bootstrap_intervals(part, scores[rows], groups[rows], n=n, seed=seed, threshold=threshold) if n else {}
-        )
+        intervals = bootstrap_intervals(part, scores[rows], groups[rows], n=n, seed=seed, threshold=cut) if n else {}
         found.append(Subgroup(value, len(rows), of_groups, metrics, intervals, _small(part, of_groups)))
     return found
 

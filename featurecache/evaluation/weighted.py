@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from featurecache.cut import Threshold, threshold_of
 from featurecache.data.targets import Target
-from featurecache.evaluation.metrics import BINS, Threshold, bin_of, checked_scores, threshold_of
+from featurecache.evaluation.metrics import AT_SPECIFICITY, BINS, SPECIFICITY, bin_of, checked_scores
 
 Array = NDArray[np.float64]
 Table = dict[str, Array]
@@ -28,7 +29,7 @@ def weighted_parts(
     known = np.asarray(target.known)
     values, scores = target.values[known], checked_scores(target, scores)[known]
     if target.task == "binary":
-        return [_classes(values, scores, threshold_of(threshold, target.names[0]), wanted)]
+        return [_classes(values, scores, threshold_of(threshold, target.names[0], known), wanted)]
     if target.task == "multiclass":
         return [_classes(values, scores, None, wanted)]
     parts = []
@@ -39,9 +40,51 @@ def weighted_parts(
             part = _regression(y.astype(np.float64), p)
         else:
             both = np.stack([1 - p, p], axis=1)
-            part = _classes(y.astype(np.int64), both, threshold_of(threshold, name), wanted)
+            part = _classes(
+                y.astype(np.int64), both, threshold_of(threshold, name, np.flatnonzero(known)[rows]), wanted
+            )
         parts.append(_on_rows(part, rows, len(values)))
     return parts
+
+
+COUNTS = ("n", "predicted", "right")
+CLASS_FIGURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "roc_auc", "average_precision")
+
+
+def per_class(target: Target, scores: NDArray[np.float64], threshold: Threshold) -> Part:
+    """Weights (n_sets, n_known_rows) -> figure -> (n_classes, n_sets): each class against the rest."""
+    known = np.asarray(target.known)
+    y, p = target.values[known], checked_scores(target, scores)[known]
+    classes = len(target.classes)
+    broken = bool(np.isnan(p).any()) or not len(y)
+    limit = threshold_of(threshold, target.names[0], known)
+    said = (p[:, 1] >= limit).astype(np.int64) if target.task == "binary" else np.nan_to_num(p).argmax(axis=1)
+    cells = _one_hot(y * classes + said, classes**2, np.ones(len(y)))
+    ranked = [] if broken else [_ranked(y == c, p[:, c]) for c in range(classes)]
+
+    def part(weights: Array) -> Table:
+        table = (cells @ weights.T).reshape(classes, classes, len(weights))
+        total, true, called = table.sum(axis=(0, 1)), table.sum(axis=1), table.sum(axis=0)
+        hits = np.stack([table[c, c] for c in range(classes)])
+        clear = total - true - called + hits
+        found = {
+            "n": true,
+            "predicted": called,
+            "right": hits,
+            "prevalence": ratio(true, np.broadcast_to(total, true.shape)),
+            "sensitivity": ratio(hits, true),
+            "specificity": ratio(clear, total - true),
+            "ppv": ratio(hits, called),
+            "npv": ratio(clear, total - called),
+            "f1": ratio(2 * hits, true + called),
+        }
+        curves = [curve(weights) for curve in ranked]
+        nothing = np.full(true.shape, np.nan)
+        found["roc_auc"] = np.stack([auc for auc, _, _ in curves]) if curves else nothing
+        found["average_precision"] = np.stack([precision for _, precision, _ in curves]) if curves else nothing
+        return found
+
+    return part
 
 
 def mean_defined(parts: list[Array]) -> Array:
@@ -62,7 +105,7 @@ def _on_rows(part: Part, rows: NDArray[np.int64], n: int) -> Part:
     return part if len(rows) == n else lambda weights: part(weights[:, rows])
 
 
-def _classes(y: NDArray[np.int64], p: Array, threshold: float | None, wanted: frozenset[str]) -> Part:
+def _classes(y: NDArray[np.int64], p: Array, threshold: float | Array | None, wanted: frozenset[str]) -> Part:
     """Metrics of class probabilities `p` (n, n_classes); with a threshold the second of two classes is the positive."""
     if np.isnan(p).any() or not len(y):
         return lambda weights: {name: np.full(len(weights), np.nan) for name in wanted}
@@ -85,14 +128,16 @@ def _classes(y: NDArray[np.int64], p: Array, threshold: float | None, wanted: fr
         found["ece"] = ratio(np.abs(gaps @ weights.T).sum(axis=0), total)
         if ranked:
             curves = [curve(weights) for curve in ranked]
-            found["roc_auc"] = mean_defined([auc for auc, _ in curves])
-            found["average_precision"] = mean_defined([precision for _, precision in curves])
+            found["roc_auc"] = mean_defined([auc for auc, _, _ in curves])
+            found["average_precision"] = mean_defined([precision for _, precision, _ in curves])
+            if binary:
+                found[AT_SPECIFICITY] = curves[0][2]
         return found
 
     return part
 
 
-_RANKED = frozenset({"roc_auc", "average_precision"})
+_RANKED = frozenset({"roc_auc", "average_precision", AT_SPECIFICITY})
 
 
 def _confusion(cells: Array, *, binary: bool) -> Table:
@@ -112,16 +157,24 @@ def _confusion(cells: Array, *, binary: bool) -> Table:
         "f1_macro": mean_defined(list(ratio(2 * hits, true + predicted))),
         "mcc": np.where(single, np.nan, mcc),
     }
-    return found | {"sensitivity": recall[1], "specificity": recall[0]} if binary else found
+    if not binary:
+        return found
+    return found | {
+        "sensitivity": recall[1],
+        "specificity": recall[0],
+        "ppv": ratio(hits[1], predicted[1]),
+        "npv": ratio(hits[0], predicted[0]),
+        "f1": ratio(2 * hits[1], true[1] + predicted[1]),
+    }
 
 
-def _ranked(positive: NDArray[np.bool_], p: Array) -> Callable[[Array], tuple[Array, Array]]:
-    """Weights -> area under the ROC curve (trapezoids over tied scores) and average precision (steps)."""
+def _ranked(positive: NDArray[np.bool_], p: Array) -> Callable[[Array], tuple[Array, Array, Array]]:
+    """Weights -> area under the ROC curve (trapezoids), average precision (steps), sensitivity at SPECIFICITY."""
     order = np.argsort(-p, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))
     truth = positive[order]
 
-    def curve(weights: Array) -> tuple[Array, Array]:
+    def curve(weights: Array) -> tuple[Array, Array, Array]:
         weights = weights[:, order]
         hits = np.cumsum(weights * truth, axis=1)
         alarms = np.cumsum(weights, axis=1)[:, ends]
@@ -132,7 +185,10 @@ def _ranked(positive: NDArray[np.bool_], p: Array) -> Callable[[Array], tuple[Ar
         positives, negatives = hits[:, -1], alarms[:, -1]
         auc = ratio((new_alarms * (hits - new_hits / 2)).sum(axis=1), positives * negatives)
         precision = hits / np.maximum(hits + alarms, np.finfo(np.float64).tiny)
-        return auc, np.where(negatives > 0, ratio((new_hits * precision).sum(axis=1), positives), np.nan)
+        allowed = alarms <= (1 - SPECIFICITY + 1e-9) * negatives[:, None]
+        reached = ratio(np.where(allowed, hits, 0).max(axis=1), np.where(negatives > 0, positives, 0))
+        area = np.where(negatives > 0, ratio((new_hits * precision).sum(axis=1), positives), np.nan)
+        return auc, area, reached
 
     return curve
 

@@ -139,12 +139,15 @@ class ChunkedFeatures:
         """Whether none of these lacks a view."""
         return not np.isnan(self.x[rows]).any()
 
-    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def gather(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows, if they are not too many."""
         if len(rows) > self.most:
             raise MemoryError(f"{len(rows)} rows were asked for at a time; there is room for {self.most}")
         self.sizes.append(len(rows))
-        return self.x[rows]
+        if out is None:
+            return self.x[rows]
+        out[:] = self.x[rows]
+        return out
 
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The same as float32."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featurecache import config
 from featurecache.data.targets import Target
 from featurecache.features import Block, views_of
-from featurecache.fusion import drop_views
+from featurecache.fusion import drop_views, get_fusion
 from featurecache.heads.losses import ClassWeight, PositiveWeight, n_outputs, regression_scale
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -28,6 +28,7 @@ class FCSettings(config.Settings):
     `pool` reduces features that are maps, (channels, height, width) or (channels, height), to a value a channel, or to
     two: `avgmax` is fastai's AdaptiveConcatPool. `pos_weight` is torch's: what positives count, for all labels or by
     label. `mixup` is alpha of the Beta distribution that says how much of a row comes from another.
+    `fusion` is how the views are joined; what of it learns, learns with the head.
     Training ends when the validation loss has not improved for `patience` epochs, counted at the earliest from the
     peak of `lr`; the best epoch is kept.
     """
@@ -46,11 +47,13 @@ class FCSettings(config.Settings):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     view_dropout: Fraction = 0.0
     pool: Literal["none", "avg", "max", "avgmax"] = "none"
+    fusion: str = "concat"
 
     @model_validator(mode="after")
-    def _one_weight(self) -> Self:
+    def _consistent(self) -> Self:
         if self.class_weight is not None and self.pos_weight is not None:
             raise ValueError("class_weight and pos_weight weigh the same rows twice: give one of them")
+        get_fusion(self.fusion)  # refuses a name that it does not know
         return self
 
 
@@ -126,7 +129,9 @@ class PresentBatchNorm(nn.BatchNorm1d):
 
 
 class FCModule(nn.Module):
-    """BatchNorm, dropout, linear, ReLU, BatchNorm, dropout, linear; missing views are zeros plus an indicator.
+    """Fusion, then BatchNorm, dropout, linear, ReLU, BatchNorm, dropout, linear.
+
+    Missing views are zeros plus an indicator, unless the fusion has its own way with them.
 
     Args:
         blocks: the columns of the input.
@@ -141,6 +146,7 @@ class FCModule(nn.Module):
 
     first: Tensor
     view_of: Tensor
+    inner_first: Tensor
     inner_view_of: Tensor
     out_mean: Tensor
     out_scale: Tensor
@@ -149,15 +155,12 @@ class FCModule(nn.Module):
         super().__init__()
         views = views_of(tuple(blocks))
         self.pool = MapPool(blocks, settings.pool)
-        n_in = self.pool.blocks[-1].stop
-        view_of, inner_view_of = (
-            torch.as_tensor(np.concatenate([np.full(b.stop - b.start, views.index(b.view)) for b in some]))
-            for some in (blocks, self.pool.blocks)
-        )
-        first = [next(b.start for b in blocks if b.view == view) for view in views]
-        self.register_buffer("first", torch.tensor(first), persistent=False)
-        self.register_buffer("view_of", view_of, persistent=False)
-        self.register_buffer("inner_view_of", inner_view_of, persistent=False)
+        self.fusion = get_fusion(settings.fusion)(self.pool.blocks)
+        n_in = self.fusion.width
+        for prefix, some in (("", blocks), ("inner_", self.fusion.blocks)):
+            first, view_of = _view_columns(some)
+            self.register_buffer(f"{prefix}first", first, persistent=False)
+            self.register_buffer(f"{prefix}view_of", view_of, persistent=False)
         self.register_buffer("out_mean", torch.zeros(n_out))
         self.register_buffer("out_scale", torch.ones(n_out))
         self.indicators = indicators
@@ -182,9 +185,10 @@ class FCModule(nn.Module):
         """See the class."""
         x = x.float()
         missing = x[:, self.first].isnan()
-        x = self.pool(x)
-        hidden = missing[:, self.inner_view_of] if bool(missing.any()) else None
-        if hidden is not None:
+        x = self.fusion.join(self.pool(x), ~missing)
+        hidden = None
+        if bool(missing.any()):
+            hidden = x[:, self.inner_first].isnan()[:, self.inner_view_of]
             x = torch.where(hidden, 0, x)
         if self.norm is not None:
             x = self.norm(x, hidden)
@@ -193,6 +197,14 @@ class FCModule(nn.Module):
             x = torch.cat([x, missing.to(x.dtype)], dim=1)
         outputs: Tensor = self.layers(x)
         return outputs.float() * self.out_scale + self.out_mean
+
+
+def _view_columns(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    """First column of each view (n_views,), and the view of each column (n_columns,)."""
+    views = views_of(tuple(blocks))
+    view_of = np.concatenate([np.full(b.stop - b.start, views.index(b.view)) for b in blocks])
+    first = [next(b.start for b in blocks if b.view == view) for view in views]
+    return torch.tensor(first), torch.as_tensor(view_of)
 
 
 def build_fc(blocks: Sequence[Block], target: Target, settings: FCSettings, *, indicators: bool) -> FCModule:

@@ -6,22 +6,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
 
 from featurecache import config
 from featurecache.errors import InputError, RunError
 from featurecache.features import Block, present, views_of
 from featurecache.heads.base import Fold, Head
+from featurecache.heads.blas import one_thread
 from featurecache.heads.linear_stream import Chunks, Solution, Streamed
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights
 from featurecache.heads.space import Space, Span
 from featurecache.memory import free_memory
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 GRID = tuple(10.0**power for power in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 2))  # tried for C = "auto"
 
@@ -85,7 +87,8 @@ class LogisticHead(Head):
         best = np.inf
         grid = GRID if self.settings.C == "auto" else (self.settings.C,)
         for c in grid:
-            arrays, facts = solver(c)
+            with one_thread(8 * self._columns * len(train)):
+                arrays, facts = solver(c)
             loss = self._loss(train_chunks(), train, w, arrays)
             valid_loss = None
             if valid is not None and w_valid is not None:
@@ -119,6 +122,8 @@ class LogisticHead(Head):
         self, x: Matrix, train: Fold, w: Matrix, starts: dict[int, LogisticRegression], c: float
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Coefficients at one C: one fit, or one per label or target on its known rows."""
+        from sklearn.linear_model import Ridge  # late: a saved head needs no scikit-learn
+
         values = train.target.values
         if self.task_ in ("binary", "multiclass"):
             model, converged = self._logistic(x, values, w, c, starts, 0)
@@ -144,6 +149,9 @@ class LogisticHead(Head):
         self, x: Matrix, y: NDArray[Any], w: Matrix, c: float, starts: dict[int, LogisticRegression], key: int
     ) -> tuple[LogisticRegression, bool]:
         """One scikit-learn fit; not to have converged is a fact for the history, not a warning on the terminal."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
         model = starts.setdefault(
             key, LogisticRegression(tol=self.settings.tol, max_iter=self.settings.max_iter, warm_start=True)
         )

@@ -14,7 +14,7 @@ from featurecache.features import Stored, chunk_rows, complete, gather, shuffled
 from featurecache.heads.base import Fold
 from featurecache.heads.losses import target_tensor
 from featurecache.memory import free_memory
-from featurecache.stream import read_ahead
+from featurecache.stream import read_ahead, read_groups
 
 Bounds = Sequence[tuple[int, int]]
 Batch = tuple[Tensor, Tensor]
@@ -70,10 +70,13 @@ class TensorRows(Rows):
         self._x = torch.empty((len(fold), fold.features.shape[1]), dtype=dtype, device=place)
         size = chunk_rows(fold.features.shape[1])
         parts = [slice(start, start + size) for start in range(0, len(fold), size)]
-        for where, x in zip(
-            parts, read_ahead(partial(gather, fold.features), [fold.rows[part] for part in parts]), strict=True
-        ):
-            self._x[where] = torch.from_numpy(x)
+        if place.type == "cpu":
+            for part in parts:
+                gather(fold.features, fold.rows[part], self._x[part].numpy())
+        else:
+            read = read_ahead(partial(gather, fold.features), [fold.rows[part] for part in parts])
+            for part, x in zip(parts, read, strict=True):
+                self._x[part] = torch.from_numpy(x)
         self._y = self._y.to(place)
         self.nbytes = 0 if place.type == "cuda" else self._x.nbytes
 
@@ -108,13 +111,17 @@ class StreamRows(FeatureRows):
         return self._batches(bounds, groups)
 
     def _batches(self, bounds: Bounds, groups: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Iterator[Batch]:
-        parts = read_ahead(partial(gather, self._fold.features), [self._fold.rows[group] for group in groups])
-        held, order, done = torch.empty(0), torch.from_numpy(np.concatenate(groups)), 0
+        takes = read_groups(self._fold.features, [self._fold.rows[group] for group in groups])
+        order, ends = torch.from_numpy(np.concatenate(groups)), iter(np.cumsum([len(group) for group in groups]))
+        first = last = 0
         for start, stop in bounds:
-            while done + len(held) < stop:
-                more = torch.from_numpy(next(parts))
-                held = torch.cat([held, more]) if len(held) else more
-            x, held, done = held[: stop - start], held[stop - start :], stop
+            parts, at = [], start
+            while at < stop:
+                if at == last:
+                    take, first, last = next(takes), last, int(next(ends))
+                parts.append(take(at - first, min(stop, last) - first))
+                at = min(stop, last)
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield x.to(self._device).float(), self._y[order[start:stop]].to(self._device)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -18,9 +18,12 @@ from featurecache.errors import InputError, RunError
 from featurecache.features import Block, chunk_rows, complete, feature_names
 from featurecache.heads.base import Fold, Head
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights, regression_scale
+from featurecache.heads.scratch import scratch_folder
 from featurecache.heads.space import Space, Span
+from featurecache.interrupts import Held, held_back
 from featurecache.memory import free_memory
 
+SCRATCH = "featurecache-xgboost-"
 PAGE_SHARE = 0.125  # of the budget, for a page of external memory while it is float32
 
 
@@ -53,7 +56,14 @@ class _Chunks(xgb.DataIter):
     """Hands XGBoost the rows of a fold a chunk at a time; it goes through them several times."""
 
     def __init__(
-        self, fold: Fold, labels: NDArray[np.float32], names: list[str], *, page: int, prefix: Path | None
+        self,
+        fold: Fold,
+        labels: NDArray[np.float32],
+        names: list[str],
+        *,
+        page: int,
+        prefix: Path | None,
+        held: Held,
     ) -> None:
         """Prepare.
 
@@ -63,7 +73,10 @@ class _Chunks(xgb.DataIter):
             names: of the columns.
             page: rows at a time.
             prefix: how the files of external memory begin; None keeps all in RAM.
+            held: whether to stop. An exception that XGBoost passes on must be raised here: it loses a
+                KeyboardInterrupt, takes the data to end there, and writes beyond its arrays.
         """
+        self._held = held
         self._fold, self._labels, self._names = fold, labels, names
         self._size = page
         self._next = iter(fold.chunks(self._size))
@@ -71,6 +84,7 @@ class _Chunks(xgb.DataIter):
 
     def next(self, input_data: Callable[..., Any]) -> bool:
         """One chunk; False after the last."""
+        self._held.check()
         found = next(self._next, None)
         if found is None:
             return False
@@ -171,10 +185,10 @@ class XGBoostHead(Head):
     booster: xgb.Booster
 
     def _fit(self, train: Fold, valid: Fold | None) -> None:
-        with tempfile.TemporaryDirectory(prefix="featurecache-xgboost-", ignore_cleanup_errors=True) as scratch:
-            self._boost(train, valid, Path(scratch))
+        with ExitStack() as stack:
+            self._boost(train, valid, stack)
 
-    def _boost(self, train: Fold, valid: Fold | None, scratch: Path) -> None:
+    def _boost(self, train: Fold, valid: Fold | None, stack: ExitStack) -> None:
         settings, device = self.settings, xgboost_device(self.device)
         parameters = settings.parameters(self.seed, device)
         masked = None
@@ -195,7 +209,9 @@ class XGBoostHead(Head):
         page = chunk_rows(self.n_features)
         if external:  # what is handed over at a time becomes a page of its own
             page = max(page, int(PAGE_SHARE * budget) // (4 * self.n_features))
-        evals = self._matrices(folds, masked, page, scratch if external else None)
+        scratch = stack.enter_context(scratch_folder(SCRATCH)) if external else None
+        with held_back() as held:
+            evals = self._matrices(folds, masked, page, scratch, held)
         callbacks: list[xgb.callback.TrainingCallback] = [_Watch(self._report)]
         if valid is not None and settings.early_stopping_rounds is not None:
             callbacks.append(xgb.callback.EarlyStopping(rounds=settings.early_stopping_rounds, data_name="valid"))
@@ -219,7 +235,7 @@ class XGBoostHead(Head):
             self.fitted_["base"] = masked.base.tolist()
 
     def _matrices(
-        self, folds: list[Fold], masked: _Masked | None, page: int, scratch: Path | None
+        self, folds: list[Fold], masked: _Masked | None, page: int, scratch: Path | None, held: Held
     ) -> list[tuple[xgb.DMatrix, str]]:
         """Training and validation matrix with the training rows' bins; their pages go to `scratch`, or stay in RAM."""
         weights = None if masked else class_weights(folds[0].target, self.settings.class_weight)
@@ -232,6 +248,7 @@ class XGBoostHead(Head):
                 column_names(self.blocks_),
                 page=page,
                 prefix=None if scratch is None else scratch / name,
+                held=held,
             )
             matrix = (xgb.QuantileDMatrix if scratch is None else xgb.ExtMemQuantileDMatrix)(
                 chunks,

@@ -1,4 +1,4 @@
-"""Where fine-tuning stands, after every epoch: a safetensors file with the facts as JSON inside, replaced at once."""
+"""Where fine-tuning stands, after an epoch or within one: a safetensors file with the facts in it, replaced at once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from featurecache.errors import RunError
 
 FOLDER = "checkpoint"
 STATE = "state.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Progress:
     """The facts of a checkpoint.
 
-    Every random draw (order of samples, augmentation, view dropout, dropout) depends on (seed, epoch, sample or step)
-    alone, so the epoch *is* the state of all generators and of the sampler.
+    Every random draw (order of samples, augmentation, view dropout, mixing, dropout) depends on seed, epoch, and sample
+    or step alone: so epoch and step *are* the state of all generators, of the sampler and of the schedule.
 
     Attributes:
         fingerprint: what the run was started with; a checkpoint of another start is refused.
@@ -35,6 +35,9 @@ class Progress:
         history: a row per epoch.
         failed: samples that could not be read while training: the fields of `images.Failure`.
         scaler: the gradient scaler's state (fp16 only).
+        lr: the learning rate that the finder found, where it was asked.
+        averaged: steps that the average of the weights has taken in.
+        within: of the epoch that was begun but not ended: the fields of `loop.Within`.
     """
 
     fingerprint: dict[str, Any]
@@ -44,6 +47,9 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    averaged: int = 0
+    within: dict[str, Any] = field(default_factory=dict)
 
 
 def _replace(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -72,12 +78,28 @@ def save_best(directory: Path, epoch: int, tensors: Mapping[str, torch.Tensor]) 
     _replace(_best_path(directory, epoch), tensors, {})
 
 
-def save_state(
-    directory: Path, progress: Progress, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
-) -> None:
-    """Commit an epoch: weights, optimiser and facts in one file; then drop best weights that it no longer names."""
-    tensors = {f"model/{name}": value for name, value in model.items()}
-    tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds.
+
+    Attributes:
+        progress: the facts.
+        model, optimizer, average: named tensors; `average` is empty without one.
+    """
+
+    progress: Progress
+    model: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    optimizer: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    average: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+PARTS = ("model", "optimizer", "average")
+
+
+def save_state(directory: Path, state: State) -> None:
+    """Commit all of a state in one file; then drop best weights that it no longer names."""
+    progress = state.progress
+    tensors = {f"{part}/{name}": value for part in PARTS for name, value in getattr(state, part).items()}
     facts = json.dumps({"schema": SCHEMA, **asdict(progress)})
     _replace(directory / FOLDER / STATE, tensors, {"progress": facts})
     for old in (directory / FOLDER).glob("best-*.safetensors"):
@@ -100,8 +122,8 @@ def load_best(directory: Path, epoch: int) -> dict[str, torch.Tensor]:
     return _read(_best_path(directory, epoch))[0]
 
 
-def load_state(directory: Path) -> tuple[Progress, dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
-    """(facts, model, optimiser) of the last committed epoch; None where no epoch was committed.
+def load_state(directory: Path) -> State | None:
+    """What was committed last; None where nothing was.
 
     Raises:
         RunError: the file is damaged, or written by a newer version.
@@ -117,4 +139,4 @@ def load_state(directory: Path) -> tuple[Progress, dict[str, torch.Tensor], dict
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    return Progress(**facts), part("model/"), part("optimizer/")
+    return State(Progress(**facts), *(part(f"{name}/") for name in PARTS))

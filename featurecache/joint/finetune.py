@@ -5,32 +5,41 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from featurecache.bodies.engines import resolve_device, resolve_precision
 from featurecache.config import BodyConfig, JointConfig, ManifestConfig, SplitConfig, TargetConfig
 from featurecache.data.targets import Target
-from featurecache.data.transforms import Augmentation
 from featurecache.errors import InputError, RunError
 from featurecache.heads.base import untrainable
-from featurecache.heads.fc import FCHead, FCSettings
+from featurecache.heads.fc import FCHead
 from featurecache.heads.losses import HeadLoss, target_tensor
-from featurecache.joint.build import make_fusion, make_groups, make_head, make_model
-from featurecache.joint.checkpoint import FOLDER, Progress, load_state
-from featurecache.joint.images import SampleImages
-from featurecache.joint.loop import Loop, Plan
+from featurecache.joint.average import Average
+from featurecache.joint.build import make_groups, make_head, make_model, rebuilt
+from featurecache.joint.callbacks import Callback, Callbacks, HistoryFile, TensorBoard
+from featurecache.joint.checkpoint import FOLDER, Progress, State, load_state
+from featurecache.joint.finder import find_rate
+from featurecache.joint.loop import Loop
 from featurecache.joint.model import JointModel
+from featurecache.joint.pairing import paired
+from featurecache.joint.parallel import Processes
+from featurecache.joint.plan import Every, Plan
 from featurecache.joint.predict import joint_scores
+from featurecache.joint.prefix import check_weights, lower_identities
 from featurecache.joint.runner import Runner, make_fabric
-from featurecache.joint.samples import Samples, choose_samples, from_progress, write_failures
+from featurecache.joint.samples import Samples, from_progress, write_failures
 from featurecache.joint.save import save_bodies, tuned_recipes
 from featurecache.joint.schedule import make_phases
+from featurecache.joint.settings import REFERENCE_LR, batch_size, check, head_settings, mixing, rates, with_defaults
+from featurecache.joint.sources import choose, normalisers, open_images, sample_ids
 from featurecache.joint.start import Start, prepare
+from featurecache.joint.step import Stepper
 from featurecache.progress import Reporter, Silent
 from featurecache.results import finish_run, write_results
 from featurecache.run import Run, RunWriter, default_run_path, load_run
@@ -39,20 +48,29 @@ from featurecache.rundir import RECORD
 FINISHED = f".{FOLDER}"  # hidden names are not part of a run: checkpoints stay until the run is published
 # What may differ between an attempt and the one that resumes it. Of files the content counts, and is compared.
 FREE = ("out", "overwrite", "resume", "device", "precision", "workers", "bootstrap", "manifest", "root", "init",
-        "body", "weights", "trust_factory")  # fmt: skip
+        "body", "weights", "trust_factory", "checkpoint_every", "checkpoint_activations", "compile",
+        "tensorboard", "store")  # fmt: skip
 
 
-def finetune_joint(config: JointConfig, *, command: str = "", reporter: Reporter | None = None) -> Run:
+def finetune_joint(
+    config: JointConfig,
+    *,
+    command: str = "",
+    reporter: Reporter | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
     """Train bodies and head as one network.
 
     Bodies are frozen for `freeze_epochs`, in which the head alone learns through them; then everything learns for
     `epochs`, each phase with a one-cycle schedule of its own. The weights with the lowest validation loss are kept; a
     warm start (`init`) is judged before its first step too, so that training can't end worse than it began.
+    Processes that torchrun started train together; only the first of them writes and reports.
 
     Args:
         config: what to train on, from what, and how.
         command: the command line, for the record.
         reporter: told of progress.
+        callbacks: told of steps and epochs, beside history.csv.
 
     Returns:
         The run; its record lists `failed` samples, which are also in failures.csv.
@@ -64,26 +82,35 @@ def finetune_joint(config: JointConfig, *, command: str = "", reporter: Reporter
         LockedError: another process is writing this run.
     """
     reporter = reporter or Silent()
-    _check(config)
-    finished = finished_run(config)
-    if finished is not None:
+    check(config)
+    config = with_defaults(config)
+    device = resolve_device(config.device)
+    fabric = make_fabric(device, resolve_precision(config.precision, device), together=True)
+    processes = Processes(fabric)
+    finished = finished_run(config) if processes.rank == 0 else None
+    if processes.same(finished is not None):
         reporter.note(f"{config.out}: finished already, nothing to resume")
-        return finished
-    start = prepare(config)
+        return finished or load_run(config.out or "")
+    start = paired(prepare(config)) if config.pairs else prepare(config)
     config = start.config
-    out = config.out or default_run_path(start.manifest.path.stem, config.target, "joint")
+    out = processes.same(config.out or default_run_path(start.manifest.path.stem, config.target, "joint"))
+    if processes.rank:
+        Training(start, fabric, None, Silent()).run()
+        processes.wait()
+        return load_run(out)
     with RunWriter(out, kind="joint", overwrite=config.overwrite, resume=config.resume) as writer:
         kept = writer.path / FINISHED
         if kept.is_dir():  # killed while publishing
             shutil.rmtree(writer.path / FOLDER, ignore_errors=True)
             kept.rename(writer.path / FOLDER)
-        training = Training(start, writer.path, reporter)
-        done, samples = training.run()
-        record = training.write(done, samples)
+        training = Training(start, fabric, writer.path, reporter)
+        done, samples = training.run(callbacks)
+        record = training.write(writer.path, done, samples)
         if (writer.path / FOLDER).is_dir():
             (writer.path / FOLDER).rename(kept)
         run = finish_run(writer, {**record, "command": command})
     shutil.rmtree(run.path / FINISHED, ignore_errors=True)
+    processes.wait()
     return run
 
 
@@ -95,58 +122,30 @@ def finished_run(config: JointConfig) -> Run | None:
     return run if run.kind == "joint" else None
 
 
-def _check(config: JointConfig) -> None:
-    """Refuse settings that can't be, before anything is read."""
-    problems = []
-    for name in ("epochs", "freeze_epochs", "clip", "weight_decay"):
-        if getattr(config, name) < 0:
-            problems.append(f"{name}={getattr(config, name)}: must not be negative")
-    if config.epochs == 0 and config.freeze_epochs == 0:
-        problems.append("epochs=0 and freeze_epochs=0: nothing would be trained")
-    for name in ("lr", "body_lr"):
-        if getattr(config, name) <= 0:
-            problems.append(f"{name}={getattr(config, name)}: must be above 0")
-    if not 0 <= config.view_dropout < 1:
-        problems.append(f"view_dropout={config.view_dropout}: must be in [0, 1)")
-    if config.batch_size != "auto" and config.batch_size < 2:
-        problems.append(f"batch_size={config.batch_size}: must be at least 2, for the head's BatchNorm")
-    if config.resume and config.out is None:
-        problems.append("--resume needs --out: the name of the run to go on with")
-    if problems:
-        raise InputError.from_problems("finetune-joint: not valid", problems)
-
-
 class Training:
     """One call of `finetune_joint`, between reading its input and publishing its run.
 
     Args:
         start: what to train.
-        directory: of the run being written.
+        fabric: of this process.
+        directory: of the run being written; None for all processes but the first.
         reporter: told of progress.
     """
 
-    def __init__(self, start: Start, directory: Path, reporter: Reporter) -> None:
-        self.start, self.directory, self.reporter = start, directory, reporter
+    def __init__(self, start: Start, fabric: Any, directory: Path | None, reporter: Reporter) -> None:
+        self.start, self.fabric, self.directory, self.reporter = start, fabric, directory, reporter
+        self.processes = Processes(fabric)
         self.config = config = start.config
-        self.ids: list[str] = start.manifest.table["sample_id"].to_list()
-        self.device = resolve_device(config.device)
-        self.precision = resolve_precision(config.precision, self.device)
+        self.precision = resolve_precision(config.precision, fabric.device)
         self.workers = (os.cpu_count() or 1) if config.workers == "auto" else config.workers
-        self.fabric = make_fabric(self.device, self.precision)
         self.settings = head_settings(config, start.head)
-        self.images = SampleImages(
-            start.manifest,
-            start.setups,
-            seed=config.seed,
-            augmentation=Augmentation(config.augment) if config.augment else None,
-            view_dropout=config.view_dropout,
-        )
-        self.fusion = make_fusion(config.fusion, start.blocks)
+        self.images = open_images(start, self.processes, reporter)
 
-    def run(self) -> tuple[Progress, Samples]:
-        """Train; the model ends with its best weights."""
+    def run(self, callbacks: Sequence[Callback] = ()) -> tuple[Progress, Samples]:
+        """Train; the model of the first process ends with its best weights."""
         start, config = self.start, self.config
-        samples = choose_samples(start, self.images, workers=self.workers, reporter=self.reporter)
+        samples = self.choose()
+        self.ids = sample_ids(start, self.images, samples)
         train, valid = samples.of("train"), samples.of("valid")
         if len(train) < 2:
             raise InputError(f"{len(train)} training samples: at least 2 are needed")
@@ -154,47 +153,100 @@ class Training:
         self.skipped = untrainable(target)
         self.model = self.make_model(target, missing=not samples.present[samples.splits == "train"].all())
         loss = HeadLoss(
-            target, class_weight=self.settings.class_weight, label_smoothing=self.settings.label_smoothing
-        ).to(self.device)
-        groups = make_groups(self.model, start.setups, lr=config.lr, body_lr=config.body_lr)
+            target,
+            class_weight=self.settings.class_weight,
+            pos_weight=self.settings.pos_weight,
+            label_smoothing=self.settings.label_smoothing,
+        ).to(self.fabric.device)
+        plan = self.plan(len(train))
         module = self.fabric.setup_module(self.model)
-        preprocessings = {view: setup.preprocessing for view, setup in start.setups.items()}
-        self.runner = Runner(self.fabric, module, preprocessings)
-        plan = Plan(
-            phases=make_phases(config.freeze_epochs, config.epochs),
-            groups=groups,
-            batch_size=batch_size(config, len(train)),
+        self.runner = Runner(self.fabric, module, normalisers(start))
+        state = self.resume(samples)
+        average = Average(self.model, config.ema) if config.ema else None
+        callback = Callbacks(self.callbacks(callbacks))
+        try:
+            stepper = Stepper(self.runner, self.processes, loss, target_tensor(start.target), plan)
+            loop = Loop(
+                stepper, self.model, self.images, train, valid, plan, self.directory, self.reporter, callback, average
+            )
+            with rebuilt(self.model, recompute=config.checkpoint_activations, compiles=config.compile):
+                if config.lr == "find":
+                    state = self.find_rate(loop, state)
+                progress = loop.run(state)
+        finally:
+            callback.close()
+        return progress, samples.without(from_progress(progress.failed))
+
+    def choose(self) -> Samples:
+        """The samples that take part; the first process reads them all and tells the others."""
+        found = None
+        if self.processes.rank == 0:
+            found = choose(self.start, self.images, workers=self.workers, reporter=self.reporter)
+        return self.processes.same(found)  # type: ignore[return-value]
+
+    def plan(self, n: int) -> Plan:
+        """How to train on `n` samples."""
+        config = self.config
+        lr, body_lr = rates(config)
+        return Plan(
+            phases=make_phases(config.freeze_epochs or 0, config.epochs, gradual=config.unfreeze == "gradual"),
+            groups=make_groups(self.model, self.start.setups, lr=lr, body_lr=body_lr),
+            batch_size=batch_size(config, n, self.processes.count),
             workers=self.workers,
             seed=config.seed,
             clip=config.clip,
             weight_decay=config.weight_decay,
-            judge_start=start.head is not None,
+            judge_start=self.start.head is not None,
+            accumulate=config.accumulate,
+            warm_up=config.warm_up,
+            patience=config.patience,
+            mixing=mixing(config),
+            every=Every.parse(config.checkpoint_every),
+            least=2 if self.settings.batch_norm else 1,
         )
-        progress, optimizer = self.resume(samples)
-        targets = target_tensor(start.target)
-        loop = Loop(
-            self.runner, self.model, loss, self.images, targets, train, valid, plan, self.directory, self.reporter
-        )
-        progress = loop.run(progress, optimizer)
-        return progress, samples.without(from_progress(progress.failed))
+
+    def find_rate(self, loop: Loop, state: State) -> State:
+        """Set the rates to what the finder suggests, or suggested before the training was interrupted."""
+        rate = state.progress.lr
+        if rate is None:
+            curve = find_rate(loop)
+            rate = curve.suggestion
+            if self.directory is not None:
+                curve.write(self.directory)
+            self.reporter.note(f"learning rate {rate:.2g}, as the finder suggests (lr_find.png)")
+        loop.plan = replace(loop.plan, groups=loop.plan.groups.scaled(rate / REFERENCE_LR))
+        return replace(state, progress=replace(state.progress, lr=rate))
+
+    def callbacks(self, given: Sequence[Callback]) -> list[Callback]:
+        """Those of the user and our own; none in a process that does not write."""
+        if self.directory is None:
+            return []
+        own: list[Callback] = [HistoryFile(self.directory)]
+        if self.config.tensorboard:
+            own.append(TensorBoard(self.directory))
+        return [*own, *given]
 
     def make_model(self, target: Target, *, missing: bool) -> JointModel:
-        """Bodies, fusion and head, as they are before the first step."""
+        """Bodies and head, as they are before the first step."""
         start, config = self.start, self.config
         self.head = make_head(
-            start.head, self.fusion, target, self.settings,
-            missing=missing, view_dropout=config.view_dropout, seed=config.seed,
+            start.head, start.blocks, target, self.settings,
+            missing=missing, view_dropout=config.view_dropout or 0.0, seed=config.seed,
         )  # fmt: skip
-        return make_model(start.setups, self.fusion, self.head, multi=config.multi)
+        return make_model(
+            start.setups, start.blocks, self.head, multi=config.multi, uppers=start.uppers,
+            layout=torch.contiguous_format if config.detach else torch.channels_last,  # detached: as stage one has it
+        )  # fmt: skip
 
-    def resume(self, samples: Samples) -> tuple[Progress, dict[str, Tensor]]:
+    def resume(self, samples: Samples) -> State:
         """Where an earlier attempt stands (its weights are put into the model), or a fresh start."""
         fingerprint = self.fingerprint(samples)
-        found = load_state(self.directory) if self.config.resume else None
+        found = load_state(self.directory) if self.config.resume and self.directory is not None else None
+        found = self.processes.same(found)
         if found is None:
-            return Progress(fingerprint), {}
-        progress, model, optimizer = found
-        then = progress.fingerprint
+            self.processes.same_weights(self.model)
+            return State(Progress(fingerprint))
+        then = found.progress.fingerprint
         differing = sorted(name for name in {*fingerprint, *then} if fingerprint.get(name) != then.get(name))
         if differing:
             changes = (f"{name}: {then.get(name)!r} then, {fingerprint.get(name)!r} now" for name in differing)
@@ -203,11 +255,12 @@ class Training:
                 "Give the same options, or --overwrite to start again."
             )
         try:
-            self.model.load_state_dict(model)
+            self.model.load_state_dict(found.model)
         except RuntimeError as error:
             raise RunError(f"{self.directory}: the checkpoint does not fit the model: {error}") from None
-        self.reporter.note(f"resumed after epoch {progress.epoch}")
-        return progress, optimizer
+        step = found.progress.within.get("step")
+        self.reporter.note(f"resumed after epoch {found.progress.epoch}{f' and {step} steps' if step else ''}")
+        return found
 
     def fingerprint(self, samples: Samples) -> dict[str, Any]:
         """What has to be the same for a checkpoint to be gone on with; plain JSON."""
@@ -221,31 +274,32 @@ class Training:
             "bodies": bodies,
             "head": head,
             "precision": self.precision,
+            "processes": self.processes.count,
             "samples and splits": hashlib.sha256(text.encode()).hexdigest(),
         }
 
-    def write(self, progress: Progress, samples: Samples) -> dict[str, Any]:
+    def write(self, directory: Path, progress: Progress, samples: Samples) -> dict[str, Any]:
         """Predict all samples and write everything but run.json; returns the record."""
         start, config = self.start, self.config
         self.reporter.begin("predict", len(samples.rows), "samples")
         rows, outputs, failed = self.runner.predict(
             self.images,
             samples.rows,
-            batch_size=2 * batch_size(config, len(samples.of("train"))),
+            batch_size=2 * batch_size(config, len(samples.of("train")), self.processes.count),
             workers=self.workers,
             advance=lambda n: self.reporter.advance("predict", n),
         )
         self.reporter.end("predict")
         samples = samples.without(failed)
-        failures = write_failures(self.directory / "failures.csv", self.ids, samples.failed)
+        failures = write_failures(directory / "failures.csv", self.ids, samples.failed)
         target = start.target.subset(rows)
         self.model.to("cpu")
-        head = FCHead.adopt(
-            self.head, target, self.fusion.blocks, self.settings, skipped=self.skipped, seed=config.seed
-        )
-        head.save(self.directory)
+        if start.uppers:
+            check_weights(start, lower_identities(start))
+        head = FCHead.adopt(self.head, target, start.blocks, self.settings, skipped=self.skipped, seed=config.seed)
+        head.save(directory)
         results = write_results(
-            self.directory,
+            directory,
             target=target,
             scores=joint_scores(head, outputs),
             splits=samples.splits,
@@ -263,7 +317,7 @@ class Training:
             "targets": list(target.names),
             "views": list(self.images.views),
             "recipes": tuned_recipes(start.setups),
-            "bodies": save_bodies(self.directory, start.setups),
+            "bodies": save_bodies(directory, start.setups),
             "config": _plain(config),
             "body_config": {**_part(config, BodyConfig), "seed": start.seed},
             "manifest_config": _part(config, ManifestConfig),
@@ -280,18 +334,6 @@ class Training:
             "best_epoch": progress.best_epoch,
             "failed": failures,
         }
-
-
-def head_settings(config: JointConfig, head: FCHead | None) -> FCSettings:
-    """The head's settings: those of the fitted head, changed where `settings` says so."""
-    known = head.settings.model_dump() if head is not None else {}
-    values = {**known, **config.settings, "view_dropout": config.view_dropout}
-    return FCSettings.create(values, source="head 'fc'")
-
-
-def batch_size(config: JointConfig, n: int) -> int:
-    """Samples per step: as configured, else 32, or fewer where an epoch would have less than eight steps."""
-    return config.batch_size if config.batch_size != "auto" else min(32, max(4, n // 8))
 
 
 def _plain(config: BaseModel) -> dict[str, Any]:

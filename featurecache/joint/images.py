@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -70,7 +70,9 @@ class SampleImages:
         manifest: the table and its cells.
         setups: reader and preprocessing of each view, in the order of the model's views.
         seed: of every draw; a draw depends on (seed, epoch, sample) alone.
-        augmentation: applied where an epoch is given, with one geometric draw for all views of a sample.
+        augmentation: applied where an epoch is given, with one geometric draw for all views of a sample; per view, or
+            one for all.
+        alike: whether all samples get the same draws, so that none depends on its place in the manifest.
         view_dropout: probability that a view is hidden where an epoch is given.
     """
 
@@ -80,12 +82,16 @@ class SampleImages:
         setups: Mapping[str, ViewSetup],
         *,
         seed: int = 0,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation | Mapping[str, Augmentation] | None = None,
         view_dropout: float = 0.0,
+        alike: bool = False,
     ) -> None:
         self.views = tuple(setups)
         self._setups = dict(setups)
-        self._seed, self._augmentation, self._view_dropout = seed, augmentation, view_dropout
+        self._seed, self._view_dropout, self._alike = seed, view_dropout, alike
+        if isinstance(augmentation, Augmentation):
+            augmentation = dict.fromkeys(self.views, augmentation)
+        self._augmentation = dict(augmentation or {})
         self._cells: dict[str, list[list[Cell]]] = {}
         owners = manifest.cells["sample"].to_numpy()
         for view in self.views:
@@ -120,15 +126,12 @@ class SampleImages:
             epoch: draws augmentation and view dropout for this epoch; None: the plain images of all views.
         """
         shown = self.shown(sample, epoch)
-        draw = None
-        if self._augmentation is not None and epoch is not None:
-            draw = self._augmentation.draw(self._seed, epoch, sample)
         images: dict[str, list[Tensor]] = {}
         keys: list[bytes] = []
         for number, view in enumerate(self.views):
             if not shown[number]:
                 continue
-            setup = self._setups[view]
+            setup, augmentation = self._setups[view], self._augmentation.get(view)
             for cell in self._cells[view][sample]:
                 payload = read_payload(cell)
                 if isinstance(payload, ReadFailure):
@@ -137,10 +140,11 @@ class SampleImages:
                 if isinstance(decoded, ReadFailure):
                     return Failure(sample, view, cell.value, decoded.message)
                 try:
-                    if draw is None or self._augmentation is None:
+                    if augmentation is None or epoch is None:
                         image = setup.preprocessing.apply(decoded)
                     else:
-                        image = self._augmentation.apply(decoded, setup.preprocessing, draw, number)
+                        draw = augmentation.draw(self._seed, epoch, 0 if self._alike else sample)
+                        image = augmentation.apply(decoded, setup.preprocessing, draw, number)
                 except (ValueError, RuntimeError, MemoryError) as error:
                     return Failure(sample, view, cell.value, f"can't be preprocessed: {error or 'out of memory'}")
                 images.setdefault(view, []).append(image)
@@ -187,7 +191,7 @@ class SampleImages:
 
     def batches(
         self, plan: Sequence[NDArray[np.int64]], *, epoch: int | None = None, workers: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of a plan, in order; a batch may be smaller than planned, even empty, where samples failed."""
         flat = np.concatenate(plan) if len(plan) else np.empty(0, dtype=np.int64)
         largest = max((len(part) for part in plan), default=1)

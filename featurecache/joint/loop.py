@@ -1,171 +1,144 @@
-"""The training loop: frozen and unfrozen epochs, a checkpoint after each, the best weights put back at the end."""
+"""The training loop: frozen and unfrozen epochs, checkpoints, the best weights put back at the end."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from featurecache.errors import FeatureCacheError
-from featurecache.heads.losses import HeadLoss
-from featurecache.joint.checkpoint import Progress, load_best, save_best, save_state
-from featurecache.joint.images import Batch, Failure, SampleImages, plan_batches, shuffled
+from featurecache.joint.average import Average
+from featurecache.joint.callbacks import Callback
+from featurecache.joint.checkpoint import Progress, State, load_best, save_best, save_state
+from featurecache.joint.images import Failure, SampleImages, plan_batches, shuffled
 from featurecache.joint.model import JointModel
-from featurecache.joint.runner import Runner
+from featurecache.joint.plan import Plan
 from featurecache.joint.schedule import (
     Phase,
     load_optimizer_tensors,
     make_optimizer,
+    one_cycle,
     optimizer_tensors,
     set_rates,
 )
+from featurecache.joint.step import Stepper
 from featurecache.progress import Reporter
 
 
 @dataclass(frozen=True)
-class Groups:
-    """What learns: per phase the (name, parameters, peak rate) groups."""
+class Within:
+    """Where an epoch stands that is not over: steps taken, sums of losses and weights, rate, time, what failed."""
 
-    head: list[tuple[str, list[nn.Parameter], float]]
-    bodies: list[tuple[str, list[nn.Parameter], float]]
-
-    def of(self, phase: Phase) -> list[tuple[str, list[nn.Parameter], float]]:
-        """The groups that learn in a phase."""
-        return self.head if phase.frozen else self.bodies + self.head
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to train.
-
-    Attributes:
-        phases: in order.
-        groups: what learns in each.
-        batch_size, workers, seed, clip, weight_decay: as in JointConfig.
-        judge_start: whether the model as it is before the first step may be the best one (a warm start may).
-    """
-
-    phases: tuple[Phase, ...]
-    groups: Groups
-    batch_size: int
-    workers: int
-    seed: int
-    clip: float
-    weight_decay: float
-    judge_start: bool
+    step: int = 0
+    loss: float = 0.0
+    weight: float = 0.0
+    rate: float = 0.0
+    seconds: float = 0.0
+    failed: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Loop:
     """Trains a joint model.
 
     Args:
-        runner: of the model, on its device.
+        stepper: takes the steps.
         model: the model itself, unwrapped.
-        loss: of the training target, on the device.
         images: with augmentation and view dropout.
-        targets: of every sample of the manifest, as `target_tensor` gives them.
         train, valid: samples (rows of the manifest) to learn from and to judge by.
         plan: how.
-        directory: where checkpoints go.
+        directory: where checkpoints go; None for all processes but the first.
         reporter: told of progress.
+        callback: told of steps and epochs.
+        average: of the weights, which is then what is judged and kept.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        stepper: Stepper,
         model: JointModel,
-        loss: HeadLoss,
         images: SampleImages,
-        targets: Tensor,
         train: NDArray[np.int64],
         valid: NDArray[np.int64],
         plan: Plan,
-        directory: Path,
+        directory: Path | None,
         reporter: Reporter,
+        callback: Callback,
+        average: Average | None = None,
     ) -> None:
-        self.runner, self.model, self.loss, self.images = runner, model, loss, images
-        self.targets, self.train, self.valid = targets, train, valid
+        self.stepper, self.model, self.images, self.train, self.valid = stepper, model, images, train, valid
         self.plan, self.directory, self.reporter = plan, directory, reporter
+        self.callback, self.average = callback, average
+        self.runner, self.processes, self.loss = stepper.runner, stepper.processes, stepper.loss
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.epochs = sum(phase.epochs for phase in plan.phases)
+        self.saved = time.monotonic()
 
-    def run(self, progress: Progress, optimizer_state: Mapping[str, Tensor]) -> Progress:
-        """All epochs that `progress` has not seen; the model ends with the best weights.
+    def run(self, state: State) -> Progress:
+        """All epochs that `state` has not seen; the model ends with the best weights.
 
         Args:
-            progress: where an earlier attempt stands, or a fresh one; the model holds its weights already.
-            optimizer_state: of that attempt.
+            state: where an earlier attempt stands, or a fresh one; the model holds its weights already.
         """
+        progress = state.progress
+        if progress.scaler:
+            self.runner.fabric.strategy.precision.load_state_dict(progress.scaler)
+        if self.average is not None and state.average:
+            self.average.load(state.average, progress.averaged)
         with own_generator(self.runner.device):
-            if progress.epoch == 0 and self.plan.judge_start and len(self.valid):
+            if not progress.history and self.plan.judge_start and len(self.valid):
                 loss, failures = self.judge("before the first epoch")
                 row = {"epoch": 0, "phase": "start", "train_loss": None, "valid_loss": loss, "lr": 0.0, "seconds": 0.0}
                 progress = self.note(progress, row, loss, failures)
             for phase in self.plan.phases:
-                last = phase.start + phase.epochs - 1
-                if progress.epoch >= last:
+                if progress.epoch >= phase.last:
                     continue
                 optimizer = self.enter(phase)
-                if progress.epoch >= phase.start:
-                    load_optimizer_tensors(optimizer, self.names, optimizer_state)
+                if progress.epoch >= phase.start or progress.within:
+                    load_optimizer_tensors(optimizer, self.names, state.optimizer)
                 wrapped = self.runner.fabric.setup_optimizers(optimizer)
-                if progress.scaler:
-                    self.runner.fabric.strategy.precision.load_state_dict(progress.scaler)
-                for epoch in range(max(progress.epoch + 1, phase.start), last + 1):
-                    progress = self.epoch(epoch, phase, optimizer, wrapped, progress)
-        if progress.best_epoch >= 0:
+                while progress.epoch < phase.last:
+                    progress = self.epoch(phase, optimizer, wrapped, progress)
+        if progress.best_epoch >= 0 and self.directory is not None:
             self.model.load_state_dict(load_best(self.directory, progress.best_epoch))
         self.model.eval()
         return progress
 
     def enter(self, phase: Phase) -> torch.optim.Optimizer:
-        """Freeze or unfreeze, and make the phase's optimiser."""
-        self.model.requires_grad_(False)
+        """Freeze or unfreeze the bodies, and make the phase's optimiser."""
         self.model.frozen = phase.frozen
-        groups = self.plan.groups.of(phase)
-        for _, parameters, _ in groups:
+        return make_optimizer(self.model, self.plan.groups.of(phase), weight_decay=self.plan.weight_decay)
+
+    def unfreeze(self, phase: Phase, epoch: int) -> None:
+        """Let those layers learn that do so in this epoch; the optimiser leaves alone what has no gradient."""
+        self.model.requires_grad_(False)
+        for _, parameters, _ in self.plan.groups.learning(phase, epoch):
             for parameter in parameters:
                 parameter.requires_grad_(True)
-        return make_optimizer(self.model, groups, weight_decay=self.plan.weight_decay)
 
-    def epoch(
-        self, epoch: int, phase: Phase, optimizer: torch.optim.Optimizer, wrapped: Any, progress: Progress
-    ) -> Progress:
-        """One pass over the training samples, judged and checkpointed."""
+    def steps(self, epoch: int) -> list[list[NDArray[np.int64]]]:
+        """The batches of an epoch, of all processes together, as many as make a step side by side."""
+        order = shuffled(self.train, self.plan.seed, epoch)
+        batches = plan_batches(order, self.plan.batch_size * self.processes.count)
+        size = self.plan.accumulate
+        return [batches[i : i + size] for i in range(0, len(batches), size)]
+
+    def epoch(self, phase: Phase, optimizer: torch.optim.Optimizer, wrapped: Any, progress: Progress) -> Progress:
+        """The next epoch, or what is left of it: one pass over the training samples, judged and checkpointed."""
+        epoch = max(progress.epoch + 1, phase.start)
+        self.unfreeze(phase, epoch)
+        within = self.learn(epoch, phase, optimizer, wrapped, progress)
         started = time.perf_counter()
-        torch.manual_seed(draw_seed(self.plan.seed, epoch))
-        plan = plan_batches(shuffled(self.train, self.plan.seed, epoch), self.plan.batch_size)
-        steps, step = phase.epochs * len(plan), (epoch - phase.start) * len(plan)
-        total = torch.zeros((), device=self.runner.device)
-        weight = torch.zeros((), device=self.runner.device)
-        failures: list[Failure] = []
-        rate = 0.0
-        task = f"epoch {epoch}/{self.epochs} ({phase.name} bodies)"
-        self.reporter.begin(task, len(self.train), "samples")
-        self.runner.module.train()
-        self.loss.train()
-        try:
-            for batch in self.images.batches(plan, epoch=epoch, workers=self.plan.workers):
-                rate = max(rate, set_rates(optimizer, step, steps))
-                step += 1
-                failures += batch.failures
-                if len(batch.samples) > 1:  # the head's BatchNorm can't learn from one
-                    found, counted = self.step(batch, wrapped)
-                    total += found
-                    weight += counted
-                self.reporter.advance(task, len(batch.samples) + len(batch.failures))
-        finally:
-            self.reporter.end(task)
-        train_loss = float(total / weight.clamp(min=1e-12))
+        failures = [Failure(**entry) for entry in within.failed]
+        train_loss = within.loss / max(within.weight, 1e-12)
         valid_loss: float | None = None
         if len(self.valid):
             valid_loss, more = self.judge(f"validation {epoch}/{self.epochs}")
@@ -175,62 +148,119 @@ class Loop:
                 f"the loss is not finite in epoch {epoch}. Lower lr and body_lr, or use precision fp32."
             )
         row = {
-            "epoch": epoch, "phase": phase.name, "train_loss": train_loss, "valid_loss": valid_loss, "lr": rate,
-            "seconds": round(time.perf_counter() - started, 3),
+            "epoch": epoch, "phase": phase.name, "train_loss": train_loss, "valid_loss": valid_loss,
+            "lr": within.rate, "seconds": round(within.seconds + time.perf_counter() - started, 3),
         }  # fmt: skip
-        progress = self.note(progress, row, valid_loss, failures)
-        progress = replace(progress, scaler=dict(self.runner.fabric.strategy.precision.state_dict()))
-        save_state(self.directory, progress, self.model.state_dict(), optimizer_tensors(optimizer, self.names))
+        progress = self.note(replace(progress, within={}), row, valid_loss, self.processes.gather(failures))
+        if self.stalled(phase, progress):
+            self.reporter.note(f"no better loss since epoch {progress.best_epoch}: the {phase.name} phase ends here")
+            progress = replace(progress, epoch=phase.last)
+        self.save(progress, optimizer)
         return progress
 
-    def step(self, batch: Batch, wrapped: Any) -> tuple[Tensor, Tensor]:
-        """One optimiser step: (sum of the losses, sum of their weights), detached."""
-        wrapped.zero_grad(set_to_none=True)
-        outputs = self.runner.outputs(batch)
-        total, weight = self.loss.sums(outputs, self.targets[batch.samples].to(self.runner.device))
-        self.runner.fabric.backward(total / weight.clamp(min=1e-12))
-        if self.plan.clip > 0:
-            self.runner.fabric.clip_gradients(
-                self.runner.module, wrapped, max_norm=self.plan.clip, error_if_nonfinite=False
-            )
-        wrapped.step()
-        return total.detach(), weight.detach()
+    def learn(
+        self, epoch: int, phase: Phase, optimizer: torch.optim.Optimizer, wrapped: Any, progress: Progress
+    ) -> Within:
+        """The steps of an epoch that have not been taken yet."""
+        plan, now = self.plan, Within(**progress.within)
+        started = time.perf_counter() - now.seconds
+        steps = self.steps(epoch)
+        before, most = (epoch - phase.start) * len(steps), phase.epochs * len(steps)
+        sums = torch.tensor([now.loss, now.weight], device=self.runner.device)
+        failed, rate = list(now.failed), now.rate
+        shares = [self.processes.share(batch, plan.least) for step in steps[now.step :] for batch in step]
+        task = f"epoch {epoch}/{self.epochs} ({phase.name} bodies)"
+        self.reporter.begin(task, sum(map(len, shares)), "samples")
+        self.runner.module.train()
+        self.loss.train()
 
-    def judge(self, task: str) -> tuple[float, list[Failure]]:
-        """Mean loss over the validation samples."""
-        self.reporter.begin(task, len(self.valid), "samples")
-        self.loss.eval()
+        def reached(step: int) -> Within:
+            loss, weight = sums.tolist()
+            return Within(step, loss, weight, rate, time.perf_counter() - started, failed)
+
         try:
-            samples, outputs, failures = self.runner.predict(
-                self.images, self.valid, batch_size=2 * self.plan.batch_size, workers=self.plan.workers,
-                advance=lambda n: self.reporter.advance(task, n),
-            )  # fmt: skip
+            with closing(self.images.batches(shares, epoch=epoch, workers=plan.workers)) as stream:
+                for number in range(now.step, len(steps)):
+                    rate = max(rate, set_rates(optimizer, *one_cycle(before + number, most, plan.warm_up)))
+                    taken = self.stepper.take(stream, len(steps[number]), (plan.seed, epoch, number), wrapped)
+                    sums += taken.sums
+                    failed += map(vars, taken.failures)
+                    if self.average is not None:
+                        self.average.update()
+                    self.callback.on_step(before + number + 1, taken.sums[0] / taken.sums[1].clamp(min=1e-12), rate)
+                    if number + 1 < len(steps) and plan.every.due(number + 1, time.monotonic() - self.saved):
+                        self.save(replace(progress, within=asdict(reached(number + 1))), optimizer)
+                    self.reporter.advance(task, taken.samples)
         finally:
             self.reporter.end(task)
-        if not len(samples):
-            raise FeatureCacheError("none of the validation samples can be read")
+        return reached(len(steps))
+
+    def judge(self, task: str) -> tuple[float, list[Failure]]:
+        """Mean loss over the validation samples, of all processes; and what this one could not read."""
+        mine = self.valid[self.processes.rank :: self.processes.count]
+        self.reporter.begin(task, len(mine), "samples")
+        self.loss.eval()
+        try:
+            with self.kept_weights():
+                samples, outputs, failures = self.runner.predict(
+                    self.images, mine, batch_size=2 * self.plan.batch_size, workers=self.plan.workers,
+                    advance=lambda n: self.reporter.advance(task, n),
+                )  # fmt: skip
+        finally:
+            self.reporter.end(task)
         device = self.runner.device
-        total, weight = self.loss.sums(outputs.to(device), self.targets[samples].to(device))
-        return float(total / weight.clamp(min=1e-12)), failures
+        sums = torch.zeros(3, device=device)
+        if len(samples):
+            targets = self.stepper.targets[samples].to(device)
+            sums[:2] = torch.stack(self.loss.sums(outputs.to(device), targets))
+            sums[2] = len(samples)
+        total, weight, count = self.processes.total(sums).tolist()
+        if not count:
+            raise FeatureCacheError("none of the validation samples can be read")
+        return total / max(weight, 1e-12), failures
+
+    def kept_weights(self) -> Any:
+        """Within it the model has the weights that are judged and kept."""
+        return nullcontext() if self.average is None else self.average.shown()
+
+    def stalled(self, phase: Phase, progress: Progress) -> bool:
+        """Whether early stopping ends the phase."""
+        if self.plan.patience is None or not len(self.valid):
+            return False
+        since = max(progress.best_epoch, phase.settled(len(self.plan.groups.bodies), self.plan.warm_up))
+        return progress.epoch - since >= self.plan.patience
 
     def note(self, progress: Progress, row: dict[str, Any], loss: float | None, failures: list[Failure]) -> Progress:
         """Progress after an epoch; its weights are kept if they are the best so far."""
         epoch = int(row["epoch"])
         best_epoch, best_loss = progress.best_epoch, progress.best_loss
         if loss is None or best_loss is None or loss < best_loss:  # without validation the latest counts
-            save_best(self.directory, epoch, self.model.state_dict())
+            if self.directory is not None:
+                with self.kept_weights():
+                    save_best(self.directory, epoch, self.model.state_dict())
             best_epoch, best_loss = epoch, loss
         seen = {(entry["sample"], entry["view"]) for entry in progress.failed}
         failed = [vars(failure) for failure in failures if (failure.sample, failure.view) not in seen]
+        history = [*progress.history, row]
+        self.callback.on_epoch(history)
         return replace(
             progress, epoch=epoch, best_epoch=best_epoch, best_loss=best_loss,
-            history=[*progress.history, row], failed=[*progress.failed, *failed],
+            history=history, failed=[*progress.failed, *failed],
         )  # fmt: skip
 
-
-def draw_seed(seed: int, epoch: int) -> int:
-    """Seed of torch's generators for one epoch."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def save(self, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
+        """Commit everything that going on needs."""
+        self.saved = time.monotonic()
+        if self.directory is None:
+            return
+        average: Mapping[str, Tensor] = self.average.tensors() if self.average is not None else {}
+        progress = replace(
+            progress,
+            scaler=dict(self.runner.fabric.strategy.precision.state_dict()),
+            averaged=self.average.steps if self.average is not None else 0,
+        )
+        state = State(progress, self.model.state_dict(), optimizer_tensors(optimizer, self.names), average)
+        save_state(self.directory, state)
 
 
 @contextmanager

@@ -12,21 +12,24 @@ from numpy.typing import NDArray
 
 from featurecache.bodies.engines import resolve_device
 from featurecache.bodies.identity import identify
-from featurecache.bodies.registry import Body, load_run_body
+from featurecache.bodies.registry import Body, load_run_body, trusted_factories
 from featurecache.bodies.taps import resolve_taps
-from featurecache.config import Tap
+from featurecache.config import JointConfig, Tap
 from featurecache.data.manifest import Manifest
 from featurecache.data.readers import get_reader
+from featurecache.data.transforms import Augmentation
 from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.features import Block
 from featurecache.heads.fc import FCHead
 from featurecache.heads.losses import scores_from_outputs
-from featurecache.joint.build import make_fusion, make_model
+from featurecache.joint.build import make_model
 from featurecache.joint.images import SampleImages
 from featurecache.joint.model import JointModel
 from featurecache.joint.runner import Runner, make_fabric
 from featurecache.joint.samples import failure_rows
+from featurecache.joint.settings import augmentations
 from featurecache.progress import Reporter, Silent
+from featurecache.recorded import check_reader
 from featurecache.run import Run
 from featurecache.viewsetup import ViewSetup
 
@@ -72,11 +75,13 @@ def load_joint(run: Run, *, trust: Sequence[str] = ()) -> LoadedJoint:
     try:
         setups = _setups(run, trust)
         blocks = [Block.from_json(block) for block in run.record["blocks"]]
-        fusion, multi = make_fusion(str(run.record["fusion"]), blocks), str(run.config["multi"])
+        multi = str(run.config["multi"])
     except (KeyError, TypeError) as error:
         raise RunError(f"{run.path}: run.json is incomplete ({type(error).__name__}: {error})") from None
     head = FCHead.load(run.path)
-    return LoadedJoint(make_model(setups, fusion, head.module, multi=multi), head, setups)
+    if list(head.blocks_) != blocks:
+        raise RunError(f"{run.path}: the head takes other features than the bodies give; train the run anew")
+    return LoadedJoint(make_model(setups, blocks, head.module, multi=multi), head, setups)
 
 
 def predict_joint(
@@ -88,6 +93,7 @@ def predict_joint(
     batch_size: int | Literal["auto"] = "auto",
     workers: int | Literal["auto"] = "auto",
     trust: Sequence[str] = (),
+    tta: int = 0,
     reporter: Reporter | None = None,
 ) -> JointPrediction:
     """Predict samples with a joint run, by a live forward pass.
@@ -100,10 +106,13 @@ def predict_joint(
         batch_size: samples at a time; `auto` is 32.
         workers: threads that read images; `auto` is one per core.
         trust: factories that the run may name as bodies.
+        tta: test-time augmentation: the mean over the plain images and so many versions, drawn as while training, the
+            same for all samples.
         reporter: told of progress.
 
     Raises:
-        InputError, RecipeMismatchError, RunError: as `load_joint`; also where no view of the run is in the manifest.
+        InputError, RecipeMismatchError, RunError: as `load_joint`; also where no view of the run is in the manifest, or
+            the run was trained without the augmentation that `tta` draws from.
     """
     model, head, setups = load_joint(run, trust=trust)
     if not set(setups) & set(manifest.views):
@@ -111,6 +120,7 @@ def predict_joint(
             f"{manifest.path}: has the views {', '.join(manifest.views)}, but the run reads {', '.join(setups)}"
         )
     reporter = reporter or Silent()
+    versions = _versions(run, tta)
     where = resolve_device(device)
     if precision == "auto":
         recorded = str(run.record.get("precision", "fp32"))
@@ -119,20 +129,40 @@ def predict_joint(
     runner = Runner(fabric, fabric.setup_module(model), {view: setup.preprocessing for view, setup in setups.items()})
     images = SampleImages(manifest, setups)
     wanted = np.flatnonzero(images.present.any(axis=1)).astype(np.int64)
-    reporter.begin("predict", len(wanted), "samples")
+    drawn = SampleImages(manifest, setups, seed=int(run.config["seed"]), augmentation=versions, alike=True)
+    reporter.begin("predict", len(wanted) * (1 + tta), "samples")
+    options: dict[str, Any] = {
+        "batch_size": 32 if batch_size == "auto" else batch_size,
+        "workers": (os.cpu_count() or 1) if workers == "auto" else workers,
+        "advance": lambda n: reporter.advance("predict", n),
+    }
     try:
-        rows, outputs, failed = runner.predict(
-            images,
-            wanted,
-            batch_size=32 if batch_size == "auto" else batch_size,
-            workers=(os.cpu_count() or 1) if workers == "auto" else workers,
-            advance=lambda n: reporter.advance("predict", n),
-        )
+        rows, outputs, failed = runner.predict(images, wanted, **options)
+        scores = joint_scores(head, outputs)
+        for version in range(1, tta + 1):
+            scores = scores + joint_scores(head, runner.predict(drawn, rows, epoch=version, **options)[1])
+        scores = scores / (1 + tta)
     finally:
         reporter.end("predict")
     ids = manifest.table["sample_id"].to_list()
     chosen = np.array([ids[row] for row in rows], dtype=np.str_)
-    return JointPrediction(chosen, joint_scores(head, outputs), images.present[rows], failure_rows(ids, failed))
+    return JointPrediction(chosen, scores, images.present[rows], failure_rows(ids, failed))
+
+
+def _versions(run: Run, tta: int) -> dict[str, Augmentation]:
+    """What test-time augmentation changes in the images of each view."""
+    if tta < 0:
+        raise InputError(f"--tta {tta}: 0 for none, or how many versions of each sample")
+    if not tta:
+        return {}
+    names = run.config.get("augment") or ()
+    found = augmentations(JointConfig.create({"manifest": "-", "augment": names}), run.views)
+    if not found:
+        raise InputError(
+            f"{run.path}: was trained without augmentation of its images, so --tta has nothing to draw from. "
+            "Leave it out."
+        )
+    return found
 
 
 def joint_scores(head: FCHead, outputs: torch.Tensor) -> NDArray[np.float64]:
@@ -158,6 +188,7 @@ def _setups(run: Run, trust: Sequence[str]) -> dict[str, ViewSetup]:
         entries = {entry["name"]: entry for entry in recipe["taps"]}
         chosen = [entries[name] for name in run.record["tap"][view]]
         taps = resolve_taps(body, [Tap.create({"module": e["tap"], "pool": e["pool"]}) for e in chosen], size)
+        check_reader(run.path, recipe["reader"]["name"], trusted_factories(trust))
         reader = get_reader(recipe["reader"]["name"], **recipe["reader"]["parameters"])
         setups[view] = ViewSetup(view, body, reader, body.preprocessing, size, taps, identify(body, taps, size))
         _check_same(run, view, recipe, setups[view])

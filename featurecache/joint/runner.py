@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurecache.data.transforms import Preprocessing
 from featurecache.errors import InputError
 from featurecache.joint.images import Batch, Failure, SampleImages
+from featurecache.joint.parallel import launched, replicated
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def make_fabric(device: torch.device, precision: str) -> Any:
-    """Lightning Fabric for one device; it stays quiet.
+def make_fabric(device: torch.device, precision: str, *, together: bool = False) -> Any:
+    """Lightning Fabric for one device, or for the processes that torchrun started; it stays quiet.
+
+    Args:
+        device: of a single process; of several each one takes its own of that kind.
+        precision: of the bodies.
+        together: join the other processes of torchrun, where there are any.
 
     Raises:
         InputError: fp16 somewhere else than on a CUDA device.
@@ -31,11 +36,23 @@ def make_fabric(device: torch.device, precision: str) -> Any:
     logger = logging.getLogger("lightning_fabric")
     level = logger.level
     logger.setLevel(logging.WARNING)
+    processes, here = launched() if together else (1, 1)
+    options: dict[str, Any] = {"accelerator": device.type, "precision": PRECISIONS[precision]}
     try:
-        devices = [device.index or 0] if device.type == "cuda" else 1
-        return Fabric(accelerator=device.type, devices=devices, precision=PRECISIONS[precision])
+        if processes == 1:
+            return Fabric(**options, devices=[device.index or 0] if device.type == "cuda" else 1)
+        fabric = Fabric(**options, devices=here, num_nodes=processes // here, strategy=replicated())
+        fabric.launch()
+        return fabric
     finally:
         logger.setLevel(level)
+
+
+class Normalises(Protocol):
+    """What turns a batch as it was read into what a body takes: a `Preprocessing`, for one."""
+
+    def normalise(self, batch: Tensor, layout: torch.memory_format) -> Tensor:
+        """(n, ...) float32."""
 
 
 class Runner:
@@ -47,7 +64,7 @@ class Runner:
         preprocessings: per view, what normalises its images.
     """
 
-    def __init__(self, fabric: Any, module: Any, preprocessings: Mapping[str, Preprocessing]) -> None:
+    def __init__(self, fabric: Any, module: Any, preprocessings: Mapping[str, Normalises]) -> None:
         self.fabric, self.module, self._preprocessings = fabric, module, dict(preprocessings)
         self.device: torch.device = fabric.device
 
@@ -69,16 +86,17 @@ class Runner:
         *,
         batch_size: int,
         workers: int,
+        epoch: int | None = None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> tuple[NDArray[np.int64], Tensor, list[Failure]]:
-        """Logits of samples without augmentation: (samples that could be read, (n, outputs) on the CPU, failures)."""
+        """Logits: (samples that could be read, (n, outputs) on the CPU, failures); of plain images without an epoch."""
         self.module.eval()
         done: list[NDArray[np.int64]] = []
         outputs: list[Tensor] = []
         failures: list[Failure] = []
         plan = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
         with torch.no_grad():
-            for batch in images.batches(plan, workers=workers):
+            for batch in images.batches(plan, epoch=epoch, workers=workers):
                 failures += batch.failures
                 if len(batch.samples):
                     outputs.append(self.outputs(batch).float().cpu())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from featurecache.bodies.identity import identify
+from featurecache.bodies.split import Upper, split_body
+from featurecache.bodies.stem import share_stem
+from featurecache.bodies.taps import map_tap, resolve_taps
 from featurecache.config import (
     BodyConfig,
     ExtractConfig,
@@ -19,12 +23,14 @@ from featurecache.config import (
     Settings,
     Tap,
     TargetConfig,
+    for_view,
 )
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.splits import read_splits
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.features import Block
+from featurecache.fusion import get_fusion
 from featurecache.heads.base import read_record as read_head_record
 from featurecache.heads.fc import FCHead
 from featurecache.recorded import check_bodies, read_recipe, recipe_differences
@@ -46,6 +52,8 @@ class Start:
         head: the fitted head that it starts from, or None.
         splits: (n,) the split of the run that it starts from, or None where a new one is to be made.
         seed: of random weights.
+        uppers: per view the part of its body that learns, where the rest is cached.
+        single: what is paired, where pairs of one view are compared.
     """
 
     config: JointConfig
@@ -56,6 +64,8 @@ class Start:
     head: FCHead | None
     splits: NDArray[Any] | None
     seed: int
+    uppers: dict[str, Upper] = field(default_factory=dict)
+    single: Start | None = None
 
     @property
     def tap(self) -> dict[str, list[str]]:
@@ -79,10 +89,11 @@ def prepare(config: JointConfig) -> Start:
                 "left to test on. Give a run fitted without --cv."
             )
         head = _fitted_head(run)
-        config = _completed(config, run)
+        config = _completed(config, run, head)
         taps = _taps(run, head)
     if not config.target:
         raise InputError("no target: give --target COLUMN, or --init RUN to take it from a fitted fc head")
+    config = _settled(config)
     manifest = read_manifest(config)
     recorded = run.record["body_config"].get("seed") if run is not None else None
     seed = config.seed if recorded is None else int(recorded)
@@ -94,6 +105,9 @@ def prepare(config: JointConfig) -> Start:
         manifest.table, config.target, task=config.task, uncertain=config.uncertain, source=str(manifest.path)
     )
     blocks = make_blocks(setups)
+    fusion = get_fusion(config.fusion)
+    fusion.check_preprocessing({view: setup.preprocessing.parameters() for view, setup in setups.items()})
+    fusion(blocks)  # refuses features that it can't join, before anything is read
     splits = None
     if run is not None and head is not None:
         if (head.task_, head.classes_, head.names_) != (target.task, tuple(target.classes), tuple(target.names)):
@@ -106,7 +120,29 @@ def prepare(config: JointConfig) -> Start:
             raise RecipeMismatchError(f"{config.init}: the head takes other features than the bodies give: {blocks}")
         if config.split == "auto":
             splits = _splits_of(run, manifest)
-    return Start(config, manifest, target, setups, blocks, head, splits, seed)
+    uppers = cut_bodies(config, setups)
+    return Start(config, manifest, target, setups, blocks, head, splits, seed, uppers)
+
+
+def _settled(config: JointConfig) -> JointConfig:
+    """The configuration with what one option says of another.
+
+    Raises:
+        InputError: options that contradict each other.
+    """
+    changes: dict[str, Any] = {}
+    if (config.share_bodies == "stem") != (config.stem is not None):
+        raise InputError(
+            "--share-bodies stem and --stem MODULE, the last module that is shared, go together: give both or neither. "
+            "`featurecache bodies show NAME` lists modules."
+        )
+    if config.detach:
+        if config.epochs == 0:
+            raise InputError("--detach trains the head for --epochs, which is 0")
+        changes |= {"freeze_epochs": config.epochs, "epochs": 0}
+    if get_fusion(config.fusion).needs_all:
+        changes["view_dropout"] = 0.0
+    return config.model_copy(update=changes)
 
 
 def set_up(
@@ -114,22 +150,60 @@ def set_up(
 ) -> dict[str, ViewSetup]:
     """Load the bodies, one for each view, or one for all; `seed` is that of random weights.
 
+    Args:
+        config: says what to load, and what is shared.
+        views: in order.
+        taps: those of the head to start from; empty for those of the configuration.
+        seed: of random weights.
+
     Raises:
         InputError: the views can't share a body.
     """
+    if taps and config.tap:
+        raise InputError("--tap: the head that training starts from says which taps it takes; leave out --tap")
     fields = {name: getattr(config, name) for name in (*BodyConfig.model_fields, *ManifestConfig.model_fields)}
-    stage = ExtractConfig(store=NO_STORE, seed=seed, tap=dict(taps) or {"*": (Tap(),)}, **fields)
-    shared: dict[tuple[Any, ...], Any] = {}
-    setups = {view: set_up_view(stage, view, bodies=shared if config.share_bodies else None) for view in views}
-    if config.share_bodies:
-        first = setups[views[0]]
+    stage = ExtractConfig(store=NO_STORE, seed=seed, tap=dict(taps) or config.tap, **fields)
+    bodies: dict[tuple[Any, ...], Any] | None = {} if config.share_bodies == "all" else None
+    setups = {view: set_up_view(stage, view, bodies=bodies) for view in views}
+    if config.fusion == "spatial" and not taps:
+        setups = {view: setup if for_view(config.tap, view, ()) else _mapped(setup) for view, setup in setups.items()}
+    first = setups[views[0]]
+    if config.share_bodies == "all":
         for view, setup in setups.items():
             if setup.body is not first.body or [tap.name for tap in setup.taps] != [tap.name for tap in first.taps]:
                 raise InputError(
                     f"--share-bodies: view {view!r} has another body, weights or tap than view {views[0]!r}. "
                     "Give both the same, or leave --share-bodies out."
                 )
+    elif config.stem is not None:
+        share_stem([s.body for s in setups.values()], config.stem, [s.size for s in setups.values()])
     return setups
+
+
+def _mapped(setup: ViewSetup) -> ViewSetup:
+    """The same view with the last map of its body, rows only, for its tap."""
+    taps = resolve_taps(setup.body, [map_tap(setup.body, setup.size)], setup.size)
+    return replace(setup, taps=taps, identities=identify(setup.body, taps, setup.size))
+
+
+def cut_bodies(config: JointConfig, setups: Mapping[str, ViewSetup]) -> dict[str, Upper]:
+    """Per view the part of its body above the module that training starts from; views that share a body share it.
+
+    Raises:
+        InputError: a view has no such module, its body can't be cut there, or nothing says where the cache is.
+    """
+    if not config.train_from:
+        return {}
+    if config.store is None:
+        raise InputError("--train-from needs --store STORE, where the activations below the module are cached")
+    made: dict[int, Upper] = {}
+    for view, setup in setups.items():
+        module = for_view(config.train_from, view, "")
+        if not module:
+            raise InputError(f"--train-from: no module for view {view!r}. Give one for all, or for every view.")
+        if id(setup.body) not in made:
+            made[id(setup.body)] = split_body(setup.body, setup.taps, module, setup.size)
+    return {view: made[id(setup.body)] for view, setup in setups.items()}
 
 
 def make_blocks(setups: Mapping[str, ViewSetup]) -> tuple[Block, ...]:
@@ -157,7 +231,7 @@ def _given(config: Settings, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, field in fields.items() if (value := getattr(config, name)) != field.get_default()}
 
 
-def _completed(config: JointConfig, run: Run) -> JointConfig:
+def _completed(config: JointConfig, run: Run, head: FCHead) -> JointConfig:
     """The configuration with what the run knows where nothing else was asked for."""
     values: dict[str, Any] = {}
     parts: dict[str, type[Settings]] = {
@@ -180,7 +254,7 @@ def _completed(config: JointConfig, run: Run) -> JointConfig:
     values["trust_factory"] = tuple(config.trust_factory)
     merged = JointConfig.create({**config.model_dump(), **values}, source=str(run.path))
     typed = set(config.body.values()) if config.body != JointConfig.model_fields["body"].get_default() else set()
-    check_bodies(run.path, run.views, merged.model_dump(), typed)
+    check_bodies(run.path, run.views, merged.model_dump(), typed | set(config.reader.values()))
     missing = [view for view in run.views if merged.views and view not in merged.views]
     if missing or (merged.views and set(merged.views) != set(run.views)):
         raise InputError(
@@ -188,11 +262,11 @@ def _completed(config: JointConfig, run: Run) -> JointConfig:
         )
     if merged.views:
         merged = merged.model_copy(update={"views": {view: merged.views[view] for view in run.views}})
-    if merged.fusion != "concat":
-        raise InputError(
-            f"{run.path}: the head takes concatenated features, so --fusion {merged.fusion} can't start from it"
-        )
-    return merged
+    fusion = head.settings.fusion
+    if "fusion" in _given(config, {"fusion": JointConfig.model_fields["fusion"]}) and merged.fusion != fusion:
+        takes = "takes concatenated features" if fusion == "concat" else f"joins views by {fusion}"
+        raise InputError(f"{run.path}: the head {takes}, so --fusion {merged.fusion} can't start from it")
+    return merged.model_copy(update={"fusion": fusion})
 
 
 def _taps(run: Run, head: FCHead) -> dict[str, tuple[Tap, ...]]:

@@ -25,6 +25,7 @@ from featurecache.heads.base import Fold, Head, get_head
 from featurecache.progress import Reporter, Silent
 from featurecache.rearranged import SomeViews, WithoutView, shuffle_partners
 from featurecache.record import dump_json
+from featurecache.run import Run
 
 FUSED, LATE, SHUFFLED = "fused", "late", "shuffled"
 SIDES = ("train", "valid", "test")
@@ -292,3 +293,17 @@ def conclude(head: str, metric: str, arms: Sequence[Arm], view: str) -> str:
             "so it is the pairing that helps" if held and shuffled.words != "better" else "so not the pairing alone"
         )
     return text + "."
+
+
+def check_run(run: Run, dataset: FeatureDataset) -> None:
+    """Refuse to put an ablation beside a run of something else.
+
+    Raises:
+        InputError: they have another target or other views.
+    """
+    target = dataset.target.names if dataset.target is not None else ()
+    if run.targets != tuple(target) or set(run.views) != set(dataset.views):
+        raise InputError(
+            f"{run.path}: predicts {', '.join(run.targets)} from {', '.join(run.views)}; an ablation of "
+            f"{', '.join(target) or 'nothing'} from {', '.join(dataset.views)} does not belong there"
+        )

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from featurecache.reporting.material import about_of
 from featurecache.reporting.wording import (
+    STATED,
     chosen_on,
     how_measured,
     interval,
@@ -20,7 +22,7 @@ from featurecache.reporting.wording import (
 )
 
 MISSING = "More information needed"
-_BESIDE = ("n", "n_groups", "events", "labels", "class_counts", "intervals")
+_BESIDE = ("n", "n_groups", "events", "labels", "classes", "class_counts", "intervals")
 
 
 def write_card(directory: str | Path, record: Mapping[str, Any]) -> Path:
@@ -28,7 +30,7 @@ def write_card(directory: str | Path, record: Mapping[str, Any]) -> Path:
     directory = Path(directory)
     metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
     path = directory / "README.md"
-    path.write_text(_card(directory.name.removesuffix(".tmp"), record, metrics), encoding="utf-8")
+    path.write_text(_card(directory, record, metrics), encoding="utf-8")
     return path
 
 
@@ -43,7 +45,8 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines)
 
 
-def _card(title: str, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def _card(directory: Path, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    title = directory.name.removesuffix(".tmp")
     splits = [name for name in ("test", "valid", "train") if name in metrics]
     names = dict.fromkeys(
         name
@@ -71,11 +74,8 @@ def _card(title: str, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
         taps = ", ".join(tap_text(tap) for tap in recipe["recipe"]["taps"])
         views.append([escape(view), escape(shown), escape(taps), f"`{recipe['digest'][:16]}`"])
     split = splits[0] if splits else ""
-    about = "\n".join(
-        f"- **{name}**: {MISSING}"
-        for name in ("Intended use", "Users", "Out of scope", "Data source, place and dates", "Reference standard",
-                     "External test", "Known limitations", "Licence", "Contact")
-    )  # fmt: skip
+    known = about_of(directory)
+    about = "\n".join(f"- **{title}**: {escape(getattr(known, name)) or MISSING}" for name, title in STATED.items())
     classes = ", ".join(map(escape, record["classes"])) or "none"
     command = (f"```sh\n{record['command']}\n```" if record.get("command") else "Made from Python.") + "\n"
     unit = (

@@ -60,11 +60,42 @@ def png_uri(path: Path) -> str:
 
 
 def write_overview(
-    path: Path, *, title: str, lead: str, rows: Sequence[Row], samples: Sequence[Sample] = (), footer: str = ""
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    rows: Sequence[Row],
+    samples: Sequence[Sample] = (),
+    footer: str = "",
+    metric: str = "accuracy",
+    reference: str = "the view that is better alone on the validation samples",
+    lists: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> Path:
-    """Write the page; links to the runs' own reports are relative to it."""
+    """Write the page; links to the runs' own reports are relative to it.
+
+    Args:
+        path: of the page.
+        title: of what was done.
+        lead: of what, in a sentence or two.
+        rows: one a run; none leaves the table out.
+        samples: to look at.
+        footer: credits.
+        metric: of the values.
+        reference: what differences are to, in words.
+        lists: (heading, lines) of what else there is to say.
+    """
     template = environment.get_template("overview.html.j2")
     path.write_text(
-        template.render(title=title, lead=lead, rows=rows, samples=samples, footer=footer), encoding="utf-8"
+        template.render(
+            title=title,
+            lead=lead,
+            rows=rows,
+            samples=samples,
+            footer=footer,
+            metric=metric,
+            reference=reference,
+            lists=lists,
+        ),
+        encoding="utf-8",
     )
     return path

@@ -18,7 +18,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from featurecache.predictions import Predictions
 
@@ -62,14 +61,16 @@ class Plot:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Draw in the style of the page, without the warnings that its fonts don't need."""
     with warnings.catch_warnings(), mpl.rc_context(_RC):
         # Class names may be in any script: the browser draws them, matplotlib only lacks their widths.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         yield
 
 
-def _axes(width: float = 4.6, height: float = 3.7) -> tuple[Figure, Axes]:
+def new_axes(width: float = 4.6, height: float = 3.7) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, sized in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -95,79 +96,24 @@ def to_svg(figure: Figure, alt: str, name: str) -> str:
     return re.sub(r"^<svg[^>]*>", f'{head} xmlns:xlink="http://www.w3.org/1999/xlink">', text).strip()
 
 
-def _thin(*arrays: NDArray[Any], most: int = 300) -> tuple[NDArray[Any], ...]:
+def thin(*arrays: NDArray[Any], most: int = 300) -> tuple[NDArray[Any], ...]:
     """Evenly chosen points of a curve, first and last among them."""
     n = len(arrays[0])
     keep = np.arange(n) if n <= most else np.unique(np.linspace(0, n - 1, most).round().astype(int))
     return tuple(array[keep] for array in arrays)
 
 
-def _line(axes: Axes, x: NDArray[Any], y: NDArray[Any], number: int, **style: Any) -> None:
+def line(axes: Axes, x: NDArray[Any], y: NDArray[Any], number: int, **style: Any) -> None:
+    """A curve in the colour of a series, dashed from the fifth on."""
     dashes: Any = "-" if number < 4 else (0, (4, 1.5))
     axes.plot(x, y, color=SERIES[number], linestyle=dashes, **style)
 
 
-def _unit(axes: Axes, x: str, y: str) -> None:
+def unit_square(axes: Axes, x: str, y: str) -> None:
+    """Axes of two shares between 0 and 1."""
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel=x, ylabel=y)
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_yticks(np.linspace(0, 1, 6))
-
-
-def _curve_plot(predictions: Predictions, split: str, *, roc: bool) -> Plot | None:
-    curves = []
-    for label, positive, score in predictions.curves():
-        if roc:
-            x, y, _ = roc_curve(positive, score)
-            value = float(roc_auc_score(positive, score))
-        else:
-            y, x, _ = precision_recall_curve(positive, score)
-            value = float(average_precision_score(positive, score))
-        curves.append((label, x, y, value, float(positive.mean())))
-    if not curves:
-        return None
-    name, short = ("ROC curve", "AUROC") if roc else ("Precision-recall curve", "AP")
-    crowded = len(curves) > MOST_CURVES
-    if crowded:  # the best and worst four carry colour and name, the others stay visible as context
-        order = sorted(range(len(curves)), key=lambda index: -curves[index][3])
-        shown = order[: MOST_CURVES // 2] + order[-(MOST_CURVES // 2) :]
-    else:
-        shown = list(range(len(curves)))
-    legend = []
-    figure, axes = _axes()
-    style = "steps-post" if not roc else "default"
-    if roc:
-        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
-    elif len(curves) == 1:
-        axes.axhline(curves[0][4], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
-        legend.append(Entry(0, "chance (prevalence)", f"{curves[0][4]:.3f}", dashed=True))
-    for index, (_, x, y, _, _) in enumerate(curves):
-        if index not in shown:
-            x, y = _thin(x, y, most=80)
-            axes.plot(x, y, color=GRID, linewidth=0.7, drawstyle=style)
-    for number, index in enumerate(shown):
-        label, x, y, value, _ = curves[index]
-        label = f"{predictions.names[0]} = {label}" if predictions.task == "binary" else label
-        x, y = _thin(x, y)
-        _line(axes, x, y, number, drawstyle=style)
-        legend.insert(number, Entry(number + 1, label, f"{short} {value:.3f}", dashed=number >= 4))
-    _unit(axes, *(("1 - specificity", "sensitivity") if roc else ("recall (sensitivity)", "precision (PPV)")))
-    alt = f"{name} on {split} samples: " + ", ".join(f"{entry.label} {entry.value}" for entry in legend[:8])
-    note = "Each class against the rest." if len(predictions.classes) > 2 else ""
-    if crowded:
-        note = f"{note} The four best and the four worst of {len(curves)}; the others in grey.".strip()
-    return Plot(name, to_svg(figure, alt, "roc" if roc else "pr"), note, tuple(legend))
-
-
-def roc_plot(predictions: Predictions, split: str) -> Plot | None:
-    """ROC curves of one split (`predictions` holds its samples alone); None where no question has both answers."""
-    with _style():
-        return _curve_plot(predictions, split, roc=True)
-
-
-def pr_plot(predictions: Predictions, split: str) -> Plot | None:
-    """Precision-recall curves of one split; None where no question has both answers."""
-    with _style():
-        return _curve_plot(predictions, split, roc=False)
 
 
 def calibration_plot(predictions: Predictions, split: str, *, bins: int = BINS) -> Plot | None:
@@ -199,14 +145,14 @@ def calibration_plot(predictions: Predictions, split: str, *, bins: int = BINS) 
     mean = np.bincount(which, probability, minlength=bins)[used] / count[used]
     rate = np.bincount(which, right, minlength=bins)[used] / count[used]
     error = float((count[used] * np.abs(mean - rate)).sum() / count.sum())
-    with _style():
+    with style():
         figure = Figure(figsize=(4.6, 3.7), layout="constrained")
         grid = figure.add_gridspec(2, 1, height_ratios=(3.4, 1))
         axes, below = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.plot(mean, rate, color=SERIES[0], linewidth=1, alpha=0.6)
         axes.scatter(mean, rate, s=10 + 70 * count[used] / count.max(), color=SERIES[0], linewidths=0, zorder=3)
-        _unit(axes, "", what)
+        unit_square(axes, "", what)
         axes.tick_params(labelbottom=False)
         below.bar((np.arange(bins) + 0.5) / bins, count, width=0.92 / bins, color=SERIES[0], alpha=0.55)
         below.set(xlim=(-0.01, 1.01), xlabel="predicted probability", ylabel="samples")
@@ -234,14 +180,14 @@ def learning_plots(columns: dict[str, NDArray[np.float64]]) -> list[Plot]:
     rest = [name for name in names if name not in losses and not re.search(r"lr|time|seconds|rate$|phase|norm", name)]
     bounded = [name for name in rest if np.nanmin(columns[name]) >= -1 and np.nanmax(columns[name]) <= 1]
     plots: list[Plot] = []
-    with _style():
+    with style():
         for title, chosen in (("Learning curve", losses[:8]), ("Validation while training", bounded[:8])):
             if not chosen:
                 continue
-            figure, axes = _axes()
+            figure, axes = new_axes()
             legend = []
             for number, name in enumerate(chosen):
-                _line(axes, x, columns[name], number, marker="o" if n < 12 else "", markersize=3)
+                line(axes, x, columns[name], number, marker="o" if n < 12 else "", markersize=3)
                 last = columns[name][np.isfinite(columns[name])][-1]
                 legend.append(Entry(number + 1, name.replace("_", " "), f"{last:.3g} at the end", dashed=number >= 4))
             axes.set(xlabel=axis or "row", ylabel="loss" if title == "Learning curve" else "")
@@ -255,8 +201,8 @@ def confusion_plot(matrix: NDArray[np.int64], split: str) -> Plot:
     """Heat map of a confusion matrix with too many classes for a table: a row per true class, its shares as colour."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     n = len(matrix)
-    with _style():
-        figure, axes = _axes(4.6, 4.2)
+    with style():
+        figure, axes = new_axes(4.6, 4.2)
         for row, column in zip(*np.nonzero(share), strict=True):
             box = ((column + 0.5, row + 0.5), 1, 1)  # classes are counted from one
             axes.add_patch(mpl.patches.Rectangle(*box, color=SERIES[0], alpha=float(share[row, column]), linewidth=0))
@@ -282,15 +228,15 @@ def regression_plots(predictions: Predictions, split: str, *, most: int = 6) -> 
             known = np.sort(np.random.default_rng(0).choice(known, MOST_POINTS, replace=False))
         true, value = true[known], value[known]
         dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 3, "markeredgewidth": 0, "alpha": 0.6}
-        with _style():
-            figure, axes = _axes()
+        with style():
+            figure, axes = new_axes()
             ends = [float(min(true.min(), value.min())), float(max(true.max(), value.max()))]
             axes.plot(ends, ends, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.plot(true, value, color=SERIES[0], **dots)
             axes.set(xlabel=f"true {name}", ylabel=f"predicted {name}")
             alt = f"Predicted against true {name} for {len(true)} {split} samples"
             plots.append(Plot(f"Predicted and true: {name}", to_svg(figure, alt, f"scatter{column}"), note))
-            figure, axes = _axes()
+            figure, axes = new_axes()
             axes.axhline(0, color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.plot(value, value - true, color=SERIES[1], **dots)
             axes.set(xlabel=f"predicted {name}", ylabel="predicted \N{MINUS SIGN} true")

@@ -17,12 +17,25 @@ NAMES = {
     "mcc": "Matthews correlation",
     "ece": "calibration error",
     "balanced_accuracy": "balanced accuracy",
+    "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
     "ppv": "PPV (precision)",
     "npv": "NPV",
     "r2": "R\N{SUPERSCRIPT TWO}",
     "rmse": "RMSE",
     "mae": "mean absolute error",
 }
+STATED = {
+    "intended_use": "Intended use",
+    "users": "Users",
+    "out_of_scope": "Out of scope",
+    "data_source": "Data source and place",
+    "data_dates": "Dates of the data",
+    "reference_standard": "Reference standard",
+    "external_test": "External test",
+    "limitations": "Known limitations",
+    "licence": "Licence",
+    "contact": "Contact",
+}  # fields of featurecache.config.About
 SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}
 HEADLINE = {
     "binary": ("roc_auc", "average_precision", "sensitivity", "specificity", "accuracy"),
@@ -37,7 +50,7 @@ RULES = {
     "default": "one half, since validation shows one side only",
 }
 CALIBRATIONS = {"temperature": "temperature scaling", "isotonic": "isotonic regression"}
-_HEADS = {"fc": "FC", "logistic": "Logistic", "xgboost": "XGBoost"}
+HEADS = {"fc": "FC", "logistic": "Logistic", "xgboost": "XGBoost"}
 
 
 def input_text(steps: Mapping[str, Any], channels: Any) -> str:
@@ -64,12 +77,12 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3f}" if 1e-3 <= abs(value) < 10 or value == 0 else f"{value:.3g}"
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 10 or abs(value) < 1e-9 else f"{value:.3g}"
 
 
 def percent(value: float) -> str:
-    """`0.123` -> `12.3 %`; whole numbers without a decimal."""
-    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+    """`0.123` -> `12.3 %`, on one line; whole numbers without a decimal."""
+    return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def interval(values: Any) -> str:
@@ -96,7 +109,7 @@ def chosen_on(record: Mapping[str, Any]) -> str:
     """On what the decision threshold was chosen."""
     chosen = str((record.get("threshold") or {}).get("chosen_on") or "")
     name = SPLIT_NAMES.get(chosen, chosen) or "no"
-    return f"all folds' {name}" if record.get("cv") and chosen else name
+    return f"the kept head's {name}" if record.get("cv") and chosen else name
 
 
 def how_measured(record: Mapping[str, Any]) -> list[str]:
@@ -107,10 +120,10 @@ def how_measured(record: Mapping[str, Any]) -> list[str]:
             f"Cross-validated in {cv['folds']} folds: every sample was scored by a head that had not seen it. "
             "The head that is kept was fitted afterwards, on all samples but a share of validation."
         )
-        if (record.get("threshold") or {}).get("chosen_on"):
+        if (record.get("threshold") or {}).get("folds"):
             found.append(
-                "One threshold serves all folds; what validates one fold is tested in another, so figures that depend "
-                "on it (accuracy, sensitivity, specificity, F1) come out a little too high; AUROC and the like don't."
+                "Each fold decides by a threshold of its own, chosen on its validation samples; new samples "
+                "are decided by that of the kept head."
             )
         if lacking := cv.get("skipped"):
             found.append(f"Not in the training samples of every fold: {', '.join(lacking)}.")
@@ -121,14 +134,14 @@ def how_measured(record: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> str:
+def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str, *, where: str | None = None) -> str:
     """What the run is, in one sentence with its first figure."""
     head = record.get("head") or {}
     name = head.get("name", "") if isinstance(head, Mapping) else str(head)
     kind = (
         "Jointly fine-tuned network"
         if record["kind"] == "joint"
-        else f"{_HEADS.get(name, name) or 'Fitted'} head on cached features"
+        else f"{HEADS.get(name, name) or 'Fitted'} head on cached features"
     )
     targets = list(record["targets"])
     what = targets[0] if len(targets) == 1 else f"{len(targets)} targets"
@@ -142,5 +155,6 @@ def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str) 
         return text + "."
     bounds = interval((figures.get("intervals") or {}).get(first))
     within = f" (95 % interval {bounds})" if bounds else ""
-    shown, where = metric_name(first), f"{figures['n']:,} {split_name(record, split)} samples"
-    return f"{text}. {shown[0].upper()}{shown[1:]} {number(figures[first])}{within} on {where}."
+    shown, name = metric_name(first), where or split_name(record, split)
+    told = f"{shown[0].upper()}{shown[1:]} {number(figures[first])}{within} on {figures['n']:,} {name} samples"
+    return f"{text}. {told}."

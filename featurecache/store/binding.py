@@ -29,6 +29,8 @@ STORED = (
     "samples", "cells", "keys", "owners", "ids",
 )  # fmt: skip
 """The columns of a stored binding, in the order in which its `sha256` covers them."""
+_BLOCK = 8192  # cells that are taken at a time: what is made of all of them at once doubles the memory of a run
+_PAGE = 1 << 16
 CELL_SCHEMA: Mapping[str, pl.DataType] = {
     "sample": pl.UInt32(),
     "view": pl.String(),
@@ -86,7 +88,7 @@ class Binding:
                 problems.append(f"recipes: none for the views {sorted(missing)}")
             if self.cells.height and int(self.cells["sample"].max() or 0) >= self.table.height:  # type: ignore[arg-type]
                 problems.append(f"cells: sample numbers reach beyond the {self.table.height} rows of the table")
-            if self.cells.select("sample", "view", "ordinal").is_duplicated().any():
+            if _come_twice(self.cells):
                 problems.append("cells: a sample, view and ordinal comes twice")
         if problems:
             raise InputError.from_problems(f"dataset {self.name!r} can't be bound", problems)
@@ -163,17 +165,40 @@ class ResolvedView:
 def cell_keys(cells: pl.DataFrame) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """(n, 32) keys of cells and (n,) whether there is one; zeros where there is none."""
     known = cells["key"].is_not_null().to_numpy()
-    blob = b"".join(cells["key"].fill_null(bytes(KEY_BYTES)).to_list())
-    return np.frombuffer(blob, np.uint8).reshape(-1, KEY_BYTES), np.asarray(known, dtype=np.bool_)
+    keys = np.empty((cells.height, KEY_BYTES), np.uint8)
+    for at in range(0, cells.height, _BLOCK):
+        blob = b"".join(cells["key"][at : at + _BLOCK].fill_null(bytes(KEY_BYTES)).to_list())
+        keys[at : at + _BLOCK] = np.frombuffer(blob, np.uint8).reshape(-1, KEY_BYTES)
+    return keys, np.asarray(known, dtype=np.bool_)
 
 
 def key_series(keys: NDArray[np.uint8], known: NDArray[np.bool_]) -> pl.Series:
     """The column `key` of cells, null where not known, from (n, 32) keys."""
-    blob = keys.tobytes()
-    values: list[bytes | None] = [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
-    for at in np.flatnonzero(~known).tolist():
-        values[at] = None
-    return pl.Series("key", values, dtype=CELL_SCHEMA["key"])
+    parts = [pl.Series("key", [], dtype=CELL_SCHEMA["key"])]
+    for start in range(0, len(keys), _BLOCK):
+        blob = keys[start : start + _BLOCK].tobytes()
+        values: list[bytes | None] = [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
+        for at in np.flatnonzero(~known[start : start + _BLOCK]).tolist():
+            values[at] = None
+        parts.append(pl.Series("key", values, dtype=CELL_SCHEMA["key"]))
+    return pl.concat(parts)
+
+
+def _come_twice(cells: pl.DataFrame) -> bool:
+    """Whether a sample, view and ordinal comes twice; where they stand in order, as they mostly do, it is seen so."""
+    samples, ordinals = cells["sample"].to_numpy(), cells["ordinal"].to_numpy()
+    views = cells["view"].cast(pl.Categorical).to_physical().to_numpy()
+    same_sample, same_view = samples[1:] == samples[:-1], views[1:] == views[:-1]
+    forward = (views[1:] > views[:-1]) | (same_view & (ordinals[1:] > ordinals[:-1]))
+    if ((samples[1:] > samples[:-1]) | (same_sample & forward)).all():
+        return False
+    return bool(cells.select("sample", "view", "ordinal").is_duplicated().any())
+
+
+def _json_list(texts: pl.Series) -> str:
+    """A column of text as a JSON list."""
+    parts = (json.dumps(texts[at : at + _BLOCK].to_list(), ensure_ascii=False) for at in range(0, len(texts), _BLOCK))
+    return f"[{', '.join(part[1:-1] for part in parts)}]"
 
 
 def save_binding(index: Index, binding: Binding, *, replace: bool) -> None:
@@ -203,7 +228,7 @@ def save_binding(index: Index, binding: Binding, *, replace: bool) -> None:
             _parquet(binding.cells.drop("key")),
             cell_keys(binding.cells)[0].tobytes(),
             binding.cells["sample"].to_numpy().astype("<u4").tobytes(),
-            json.dumps(binding.table["sample_id"].to_list(), ensure_ascii=False),
+            _json_list(binding.table["sample_id"]),
         )
         insert_bindings(connection, [values])
         next_generation(connection)
@@ -287,7 +312,7 @@ def load_binding(index: Index, name: str) -> Binding:
 
 def _parquet(frame: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    frame.write_parquet(buffer)
+    frame.write_parquet(buffer, row_group_size=_BLOCK, data_page_size=_PAGE)  # half the memory of one group of all
     return buffer.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.recipe import KEY_BYTES
 
 MOST_MAPS = 4096  # Linux allows a process 65,530 by default; a map and the gap behind it count as two
-DECODED_BYTES = 128 * 2**20
+DECODED_BYTES = 64 * 2**20
 
 
 class _Missing(Exception):
@@ -65,8 +66,15 @@ class ChunkReader:
         self._map_files = map_files and windows.AVAILABLE
         self._lock = threading.RLock()
 
-    def read(self, stored: StoredRecipe, array: str, rows: ArrayLike) -> NDArray[Any]:
-        """Copies of rows, (n, *row shape), in the storage dtype.
+    def read(
+        self,
+        stored: StoredRecipe,
+        array: str,
+        rows: ArrayLike,
+        out: NDArray[Any] | None = None,
+        gather: windows.Gather = windows.gather_rows,
+    ) -> NDArray[Any]:
+        """Copies of rows, (n, *row shape), in the storage dtype; or `out`, (n, values of a row), filled with them.
 
         Raises:
             InputError: no row of the recipe ever had this id.
@@ -80,8 +88,12 @@ class ChunkReader:
         with self._lock:
             state = self._state(stored)
             spec = state.arrays[array]
+            if out is None:
+                found = np.empty((len(wanted), *spec.row_shape), spec.dtype)
+                self.read(stored, array, wanted, found.reshape(len(wanted), math.prod(spec.row_shape)), gather)
+                return found
             if not len(wanted):
-                return np.zeros((0, *spec.row_shape), spec.dtype)
+                return out
             if int(wanted.min()) < 0:
                 raise InputError(
                     f"rows: {int((wanted < 0).sum())} of {len(wanted)} ids are negative: these rows are not there"
@@ -90,7 +102,8 @@ class ChunkReader:
                 if retry or int(wanted.max()) >= len(state.slots):
                     self._refresh(state)
                 try:
-                    return self._gather(state, spec, self._locate(state, wanted))
+                    self._gather(state, spec, self._locate(state, wanted), out, gather)
+                    return out
                 except _Missing:
                     if retry:
                         raise self._damage(state, spec, *self._first_missing(state, spec, wanted)) from None
@@ -137,21 +150,28 @@ class ChunkReader:
 
     # ---- gathering ---------------------------------------------------------------------------------------------------
 
-    def _gather(self, state: _RecipeState, spec: ArraySpec, slots: NDArray[np.int64]) -> NDArray[Any]:
+    def _gather(
+        self,
+        state: _RecipeState,
+        spec: ArraySpec,
+        slots: NDArray[np.int64],
+        out: NDArray[Any],
+        gather: windows.Gather,
+    ) -> None:
         chunks, offsets = np.divmod(slots, state.rows_per_chunk)
         if spec.codec == "none" and self._map_files:
             try:
                 window = self._window(state, spec, int(chunks.max()))
-                return self._take(state, spec, window, chunks, offsets)
+                self._take(state, spec, window, chunks, offsets, out, gather)
+                return
             except _NoMaps:
                 self._map_files = False
-        out = np.empty((len(slots), *spec.row_shape), spec.dtype)
         order = np.argsort(chunks, kind="stable")
         starts = np.flatnonzero(np.diff(chunks[order], prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
             picked = order[start:stop]
-            out[picked] = self._decode(state, spec, int(chunks[picked[0]]))[offsets[picked]]
-        return out
+            decoded = self._decode(state, spec, int(chunks[picked[0]])).reshape(spec.rows, -1)
+            out[as_slice(picked)] = decoded[as_slice(offsets[picked])]
 
     def _take(
         self,
@@ -160,21 +180,24 @@ class ChunkReader:
         window: windows.Window,
         chunks: NDArray[np.int64],
         offsets: NDArray[np.int64],
-    ) -> NDArray[Any]:
+        out: NDArray[Any],
+        gather: windows.Gather,
+    ) -> None:
         missing = np.unique(chunks[~window.mapped[chunks]])
         if len(missing):
             distinct = np.unique(chunks)
             if len(distinct) > MOST_MAPS:  # more chunks than maps are allowed: in parts
-                out = np.empty((len(chunks), *spec.row_shape), spec.dtype)
                 for start in range(0, len(distinct), MOST_MAPS):
                     part = np.flatnonzero(np.isin(chunks, distinct[start : start + MOST_MAPS]))
-                    out[part] = self._take(state, spec, window, chunks[part], offsets[part])
-                return out
+                    found = np.empty((len(part), out.shape[1]), out.dtype)
+                    self._take(state, spec, window, chunks[part], offsets[part], found, gather)
+                    out[part] = found
+                return
         self._tick += 1
         window.used[chunks] = self._tick
         for chunk in missing.tolist():
             self._map(state, spec, window, chunk)
-        return window.take(chunks, offsets)
+        window.take(chunks, offsets, out, gather)
 
     def _window(self, state: _RecipeState, spec: ArraySpec, chunk: int) -> windows.Window:
         window = state.windows.get(spec.name)
@@ -299,6 +322,14 @@ class ChunkReader:
             f"{state.stored.recipe.id} holds {len(rows)} rows: {name_samples(self.index, {row[1] for row in rows})}. "
             f"`featurecache verify {self.paths.root} --repair` drops them, and the next extract computes them again."
         )
+
+
+def as_slice(index: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """A slice where that is the same: rows of a chunk that follow each other are then copied once, not twice."""
+    first, last = int(index[0]), int(index[-1])
+    if last - first == len(index) - 1 and bool((np.diff(index) == 1).all()):
+        return slice(first, last + 1)
+    return index
 
 
 def _tail_problem(record: ChunkRecord, size: int, tail: bytes) -> str:

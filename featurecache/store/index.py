@@ -28,7 +28,7 @@ from featurecache.store.recipe import KEY_BYTES, Recipe
 from featurecache.store.schema import LAST_RECIPE, REMOVED, next_generation, next_row, sqlite_errors
 
 _BUSY_SECONDS = 30.0
-_WRITER_CACHE_KIB = 8 * 1024  # what a commit touches and this does not hold goes to the log early, which is cheap
+_WRITER_CACHE_KIB = 2 * 1024  # what a commit touches and this does not hold goes to the log early, which is cheap
 _FEW_KEYS = 512  # up to here keys are looked up one by one
 _PER_KEY = 4  # and where the recipe has more rows than this many for each key asked for
 # Connections that were open when the process was forked. Closing one here could end the parent's locks or its

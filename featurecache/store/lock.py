@@ -86,6 +86,26 @@ class WriterLock:
             os.close(self._descriptor)
 
 
+def writer_of(path: Path) -> int | None:
+    """The process that holds the lock now, 0 where it can't be told; None where nobody does, or nobody may look."""
+    try:
+        status = os.stat(path)
+        with _registry:
+            if (status.st_dev, status.st_ino) in _held:  # closing a descriptor of one's own lock file would drop it
+                return os.getpid()
+            descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        _lock(descriptor)
+    except OSError:
+        return _holder(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int) -> None:
     if sys.platform == "win32":
         os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # behind the process id: a locked byte can't be read there

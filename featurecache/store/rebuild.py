@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 import uuid as uuids
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,8 @@ import numpy as np
 
 from featurecache.errors import CorruptionError, FeatureCacheError, MissingFileError
 from featurecache.store.appender import publish_generation
-from featurecache.store.binding import binding_names, insert_bindings, stored_binding
-from featurecache.store.files import move, publish, sync_directory, trash
+from featurecache.store.binding import insert_bindings
+from featurecache.store.files import move, publish, storage_errors, sync_directory, trash
 from featurecache.store.format import (
     KEY,
     REPLICA,
@@ -31,12 +32,12 @@ from featurecache.store.format import (
     inspect_chunk,
     to_bytes,
 )
-from featurecache.store.index import Index, StoredRecipe
+from featurecache.store.index import Index, Meta, StoredRecipe
 from featurecache.store.lock import WriterLock
-from featurecache.store.opening import NewerStoreError, read_root, require_known
+from featurecache.store.opening import read_root
 from featurecache.store.recipe import Recipe
+from featurecache.store.salvage import Salvage, salvage
 from featurecache.store.schema import build_index, sqlite_errors
-from featurecache.store.settle import removed_groups
 from featurecache.store.verify import VerifyReport, metadata_problems
 
 
@@ -107,49 +108,39 @@ def write_metadata(paths: StorePaths, stored: StoredRecipe) -> list[str]:
     return [str(path) for path in documents]
 
 
-@dataclass
-class _Salvage:
-    """What an old index, damaged or not, still yields. None of it is needed to find the rows."""
-
-    uuid: str = ""
-    generation: int = 0
-    recipes: dict[str, StoredRecipe] = field(default_factory=dict)
-    records: dict[str, dict[tuple[int, str], ChunkRecord]] = field(default_factory=dict)
-    bindings: list[tuple[Any, ...]] | None = None
-    failures: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
-    dead: list[Path] = field(default_factory=list)  # what was dropped, but not yet deleted when a process died
-    lost: list[str] = field(default_factory=list)
-
-
 def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
     """Make the index anew from the key arrays: every chunk whose files are all sound brings its rows.
 
+    Where the old index is whole and that of these features, the new one agrees with it: chunks of a commit that was cut
+    off go, as the next writer would have it, and so do chunks that are not those that were committed. Where it is lost,
+    damaged or an earlier copy, nobody knows which chunk was committed, and every whole one counts. Its rows are found
+    by content, so that they are right; there may be more of them than there were.
+
     What can still be read of the old index (datasets, failures) is taken over; the old index goes to the trash. Row ids
-    change, and files that were hashed are read once more.
+    change, and files that were hashed are read once more. Killed at any instant, it can be called again.
 
     Raises:
         MissingFileError: there are no features at `path`.
         LockedError: another process is writing.
-        StoreError: a newer version wrote the store.
+        StoreError: a newer version wrote the store, or the disk refused.
     """
     paths = StorePaths(Path(path))
     if not paths.zarr.is_dir():
         raise MissingFileError(f"{paths.root}: no features.zarr, so there is nothing to rebuild an index from.")
-    with locked(paths):
+    with locked(paths), storage_errors(f"{paths.root}: making the index anew failed"):
         report = RepairReport(paths.root)
-        old = _salvage(paths)
+        try:
+            root: Meta | None = read_root(paths)
+        except CorruptionError:
+            root = None
+            report.rewritten.append(str(paths.zarr / "zarr.json"))
+        old = salvage(paths, root)
         for path in filter(Path.exists, old.dead):
             report.trashed.append(str(path))
             trash(path, paths.trash)
-        generation = old.generation
-        try:
-            root = read_root(paths)
-            identity, generation = root.uuid, max(generation, root.generation)
-        except CorruptionError:
-            identity = old.uuid or str(uuids.uuid4())
-            report.rewritten.append(str(paths.zarr / "zarr.json"))
+        generation = max(old.generation, root.generation if root is not None else 0)
         staged = paths.incoming / "index.sqlite"
-        build_index(staged, identity)
+        build_index(staged, root.uuid if root is not None else old.uuid or str(uuids.uuid4()))
         with sqlite_errors(staged), contextlib.closing(sqlite3.connect(staged, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             connection.execute("UPDATE meta SET value = ? WHERE name = 'generation'", (generation + 1,))
@@ -157,12 +148,7 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
                 _adopt_group(connection, paths, directory.name, old, report)
             insert_bindings(connection, old.bindings or ())
             connection.execute("COMMIT")
-        # The log belongs to the old file and must never be applied to the new one.
-        for name in ("index.sqlite-wal", "index.sqlite-shm", "index.sqlite"):
-            if (paths.root / name).exists():
-                trash(paths.root / name, paths.trash)
-        move(staged, paths.index)
-        sync_directory(paths.root)
+        _replace_index(paths, staged)
         index = Index(paths, write=True)
         try:
             publish_generation(index, paths)
@@ -174,49 +160,39 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
     report.notes += [f"the old index could not be read: {what}" for what in old.lost]
     if old.bindings is None:
         report.notes.append("datasets were lost; extract with the same manifest binds them again and computes nothing")
+    elif old.bindings and not old.current and not old.lost:
+        names = ", ".join(str(row[0]) for row in old.bindings)
+        report.notes.append(
+            f"the old index was not that of these features as they are now, but an earlier copy or another store's: "
+            f"look whether its datasets ({names}) are those you want; extract brings them up to date, rm drops them"
+        )
     return report
 
 
-def _salvage(paths: StorePaths) -> _Salvage:
-    old = _Salvage()
-    if not paths.index.is_file():
-        return old
-    index = Index(paths, write=False)
-    try:
-        try:
-            meta = index.meta()
-            require_known(paths, meta.format, meta.required_features)
-            old.uuid, old.generation = meta.uuid, meta.generation
-            old.dead += removed_groups(index)
-            for stored in index.recipes():
-                chunks = index.superseded(stored.number)
-                for array, spec in stored.layout.arrays().items():
-                    directory = paths.array(stored.recipe.id, array)
-                    old.dead += [directory / spec.chunk_name(chunk) for chunk in chunks]
-                old.recipes[stored.recipe.id] = stored
-                old.records[stored.recipe.id] = index.chunks(stored.number)
-                with index.reading() as connection:
-                    query = "SELECT key, reader, message FROM failures WHERE recipe = ?"
-                    old.failures[stored.recipe.id] = connection.execute(query, (stored.number,)).fetchall()
-        except NewerStoreError:
-            raise
-        except FeatureCacheError as error:
-            old.lost.append(str(error))
-        try:
-            names, sound = binding_names(index), []
-            for name in names:
-                with contextlib.suppress(CorruptionError):
-                    sound.append(stored_binding(index, name))
-            old.bindings = [row for row in sound if row is not None]
-        except FeatureCacheError as error:
-            old.lost.append(str(error))
-    finally:
-        index.close()
-    return old
+def _replace_index(paths: StorePaths, staged: Path) -> None:
+    """Put the new index into the place of the old one, of which a copy goes to the trash.
+
+    In one step: killed before it, the store still has what only the old index knows, which are its datasets.
+    """
+    if paths.index.exists():
+        with contextlib.suppress(FeatureCacheError):  # the last one to close it leaves a single file, without a log
+            index = Index(paths, write=True)
+            try:
+                index.meta()
+            finally:
+                index.close()
+        copy = paths.incoming / "old.index.sqlite"
+        shutil.copyfile(paths.index, copy)
+        trash(copy, paths.trash)
+    for name in ("index.sqlite-wal", "index.sqlite-shm", "index.sqlite-journal"):
+        if (paths.root / name).exists():  # of a damaged index; it must never be applied to the new one
+            trash(paths.root / name, paths.trash)
+    move(staged, paths.index)
+    sync_directory(paths.root)
 
 
 def _adopt_group(
-    connection: sqlite3.Connection, paths: StorePaths, name: str, old: _Salvage, report: RepairReport
+    connection: sqlite3.Connection, paths: StorePaths, name: str, old: Salvage, report: RepairReport
 ) -> None:
     """Add one group of features.zarr with all its sound chunks."""
     described = _described(paths.zarr / name / "zarr.json", name) or old.recipes.get(name)
@@ -231,7 +207,9 @@ def _adopt_group(
         (recipe.id, recipe.digest, recipe.base, *texts),
     ).lastrowid
     arrays, n = layout.arrays(), layout.rows_per_chunk
-    numbers = sorted({chunk for spec in arrays.values() for chunk in _chunk_numbers(paths, name, spec)})
+    present = sorted({chunk for spec in arrays.values() for chunk in _chunk_numbers(paths, name, spec)})
+    numbers = [chunk for chunk in present if name not in old.free or chunk < old.free[name]]
+    report.trashed += trash_chunks(paths, described, present[len(numbers) :])
     rows: dict[tuple[bytes, int], int] = {}  # a row that lies twice counts where it was written last
     sound: dict[int, dict[str, ChunkRecord]] = {}
     for chunk in numbers:

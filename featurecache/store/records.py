@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from featurecache import scouts
+from featurecache.store.files import has_change_time
 from featurecache.store.index import Index
+from featurecache.store.packed import blobs, numbers, packed, texts, to_blobs, to_numbers
 from featurecache.store.schema import next_generation, no_collections
 
 STAT_MARGIN_NS = 2_000_000_000  # the coarsest clock of a file system in use (FAT: 2 s)
 _PER_PATH = 4
-_BLOCK = 4096  # rows that are Python objects at a time
-_SCHEMA = {
+_BLOCK = 4096  # paths that are asked for at a time
+_SCHEMA: dict[str, Any] = {
     "path": pl.String, "size": pl.Int64, "mtime_ns": pl.Int64, "ctime_ns": pl.Int64, "inode": pl.Int64,
-    "recorded_ns": pl.Int64, "sha256": pl.Binary,
+    "recorded_ns": pl.Int64, "sha256": pl.Array(pl.UInt8, 32),
 }  # fmt: skip
 _COLUMNS = ", ".join(_SCHEMA)
+_NUMBERS = [name for name, kind in _SCHEMA.items() if kind == pl.Int64]
+_PACKED = [texts("path"), blobs("sha256"), *map(numbers, _NUMBERS)]
 
 
 class StatRecord(NamedTuple):
@@ -72,30 +79,52 @@ def load_payload_table(index: Index, paths: pl.Series) -> pl.DataFrame:
     Returns:
         One row a path that has a record, with the columns of StatRecord.
     """
-    paths = paths.drop_nulls().unique().alias("path")
+    paths = paths.drop_nulls().alias("path")
     with index.reading() as connection, no_collections():
         (total,) = connection.execute("SELECT COUNT(*) FROM payloads").fetchone()
         if total <= len(paths) * _PER_PATH:
-            every = connection.execute(f"SELECT {_COLUMNS} FROM payloads WHERE typeof(path) = 'text'")
-            blocks = iter(lambda: every.fetchmany(_BLOCK), [])
+            found = packed(connection, "payloads", "path", "", _PACKED, "path < x''")  # bytes come after text
+            tables: Iterable[pl.DataFrame] = (_unpacked(count, columns) for count, columns in found)
         else:
             query = f"SELECT {_COLUMNS} FROM payloads WHERE path = ?"
-            blocks = ([row for path in block for row in connection.execute(query, (path,))] for block in _lists(paths))
-        return pl.concat([pl.DataFrame(schema=_SCHEMA), *map(_table, blocks)]).join(
-            paths.to_frame(), on="path", how="semi"
-        )
+            rows = (
+                [row for path in block for row in connection.execute(query, (path,))]
+                for block in _lists(paths.unique())
+            )
+            tables = map(_table, rows)
+        every = pl.concat([pl.DataFrame(schema=_SCHEMA), *tables])
+    return every.join(paths.to_frame(), on="path", how="semi")
 
 
 def _lists(paths: pl.Series) -> Iterator[list[str]]:
     return (paths[at : at + _BLOCK].to_list() for at in range(0, len(paths), _BLOCK))
 
 
+def _unpacked(count: int, columns: Sequence[str]) -> pl.DataFrame:
+    path, sha256, *rest = columns
+    paths = pl.Series([path]).str.split("\0").explode()
+    if len(paths) != count:
+        raise sqlite3.DatabaseError("payloads: paths are damaged")
+    named = {name: to_numbers(text, count) for name, text in zip(_NUMBERS, rest, strict=True)}
+    return pl.DataFrame({"path": paths, **named, "sha256": to_blobs(sha256, count, 32)}, schema=_SCHEMA)
+
+
 def _table(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
-    columns = zip(*rows, strict=True) if rows else ([] for _ in _SCHEMA)
-    return pl.DataFrame(dict(zip(_SCHEMA, columns, strict=True)), schema=_SCHEMA)
+    if not rows:
+        return pl.DataFrame(schema=_SCHEMA)
+    *columns, sha256 = zip(*rows, strict=True)
+    digests = np.frombuffer(b"".join(sha256), np.uint8).reshape(len(rows), -1)
+    return pl.DataFrame(dict(zip(_SCHEMA, [*columns, digests], strict=True)), schema=_SCHEMA)
 
 
-def look_same(records: pl.DataFrame, has_change_time: Callable[[str], bool]) -> NDArray[np.bool_]:
+def unchanged_files(records: pl.DataFrame, now: scouts.Records | None = None) -> pl.DataFrame:
+    """Those of the records, a row a file, that tell of the bytes that are there now; see `look_same`."""
+    return records.filter(look_same(records, lambda path: has_change_time(Path(path)), now))
+
+
+def look_same(
+    records: pl.DataFrame, has_change_time: Callable[[str], bool], now: scouts.Records | None = None
+) -> NDArray[np.bool_]:
     """Which files surely hold the bytes that were hashed, since all of their stat is what it was then.
 
     A record taken within 2 s of the file's change doesn't count: a second change would not show. Nor does any on a
@@ -104,33 +133,29 @@ def look_same(records: pl.DataFrame, has_change_time: Callable[[str], bool]) -> 
     Args:
         records: a row a file, with the columns of StatRecord.
         has_change_time: whether the file system of a path keeps one; asked once for each device.
+        now: the files' stat, where they were looked at already, else it is done here.
 
     Returns:
         (n,) bool.
     """
-    trusted: dict[int, bool] = {}
-    settled = pl.col("recorded_ns") - pl.max_horizontal("mtime_ns", "ctime_ns") >= STAT_MARGIN_NS
-    same = records.select(settled).to_series().to_numpy().copy()
-    found = records.filter(same).select("path", "size", "mtime_ns", "ctime_ns", "inode")
-    inodes = found["inode"].to_numpy().view(np.uint64).tolist()  # as the system gives them, see `_signed`
-    known = zip(*(found[name].to_list() for name in found.columns[:-1]), inodes, strict=True)
-    answers = np.zeros(len(found), np.bool_)
-    for at, (path, size, mtime_ns, ctime_ns, inode) in enumerate(known):
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue
-        if (
-            status.st_mtime_ns == mtime_ns
-            and status.st_ctime_ns == ctime_ns
-            and status.st_size == size
-            and status.st_ino == inode
-        ):
-            if status.st_dev not in trusted:
-                trusted[status.st_dev] = has_change_time(path)
-            answers[at] = trusted[status.st_dev]
-    same[same] = answers
+    same = settled(records)
+    if now is None:
+        now = np.zeros(len(records), scouts.RECORD)
+        now[same] = scouts.look(records["path"].filter(same))
+    same &= now["ok"]
+    for name in ("size", "mtime_ns", "ctime_ns", "inode"):
+        same &= records[name].to_numpy().view(now.dtype[name]) == now[name]
+    for device in np.unique(now["device"][same]).tolist():
+        there = same & (now["device"] == device)
+        if not has_change_time(records["path"][int(np.argmax(there))]):
+            same &= ~there
     return same
+
+
+def settled(records: pl.DataFrame) -> NDArray[np.bool_]:
+    """(n,) bool: which records were taken long enough after the file's last change to tell of the next one."""
+    late = pl.col("recorded_ns") - pl.max_horizontal("mtime_ns", "ctime_ns") >= STAT_MARGIN_NS
+    return records.select(late).to_series().to_numpy().copy()
 
 
 def save_payloads(index: Index, records: Iterable[StatRecord]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from featurecache.errors import CorruptionError, StoreError
 from featurecache.store.appender import publish_generation
+from featurecache.store.files import storage_errors
 from featurecache.store.format import StorePaths
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.opening import check_identity, read_root, require_store
@@ -22,12 +23,12 @@ def repair(path: str | os.PathLike[str]) -> RepairReport:
     The files of such chunks go to the store's trash; damaged zarr.json files are written anew from the index.
 
     Raises:
-        StoreError: the index itself is damaged, or not the one of these features: it must be rebuilt.
+        StoreError: the index is damaged, or not the one of these features: it must be rebuilt. Or writing failed.
         LockedError: another process is writing.
     """
     paths = StorePaths(Path(path))
     require_store(paths)
-    with locked(paths):
+    with locked(paths), storage_errors(f"{paths.root}: repairing failed"):
         index = Index(paths, write=True)
         try:
             return _repair(index, paths)
@@ -69,16 +70,15 @@ def _repair(index: Index, paths: StorePaths) -> RepairReport:
 
 
 def _drop(index: Index, stored: StoredRecipe, chunks: Iterable[int]) -> int:
-    n, dropped = stored.layout.rows_per_chunk, 0
+    """Drop the rows of chunks; killed before their files are away, the next writer takes these away."""
+    number, n, dropped = stored.number, stored.layout.rows_per_chunk, 0
     with index.writing() as connection:
         for chunk in chunks:
-            values = (stored.number, chunk * n, (chunk + 1) * n)
-            dropped += connection.execute(
-                "DELETE FROM rows WHERE recipe = ? AND slot >= ? AND slot < ?", values
-            ).rowcount
-            connection.execute("DELETE FROM chunks WHERE recipe = ? AND chunk = ?", (stored.number, chunk))
-            connection.execute(
-                "UPDATE recipes SET partial = NULL WHERE number = ? AND partial = ?", (stored.number, chunk)
-            )
+            values = (number, chunk * n, (chunk + 1) * n)
+            deleted = connection.execute("DELETE FROM rows WHERE recipe = ? AND slot >= ? AND slot < ?", values)
+            dropped += deleted.rowcount
+            connection.execute("DELETE FROM chunks WHERE recipe = ? AND chunk = ?", (number, chunk))
+            connection.execute("INSERT OR REPLACE INTO superseded (recipe, chunk) VALUES (?, ?)", (number, chunk))
+            connection.execute("UPDATE recipes SET partial = NULL WHERE number = ? AND partial = ?", (number, chunk))
         next_generation(connection)
     return dropped

@@ -29,6 +29,7 @@ from featurecache.store.recipe import KEY_BYTES, Recipe
 from featurecache.store.records import StatRecord
 from featurecache.store.schema import RecipeGone
 from featurecache.store.settle import settle
+from featurecache.store.windows import Gather, gather_rows
 
 __all__ = ["FeatureStore", "RecipeInfo"]
 
@@ -241,16 +242,17 @@ class FeatureStore:
         except RecipeGone:  # it may have been added again since
             return self._own().lookup(self._stored(recipe_id, fresh=True).number, key_rows, replicas)
 
-    def read(self, recipe_id: str, tap: str, rows: ArrayLike) -> NDArray[Any]:
+    def read(
+        self, recipe_id: str, tap: str, rows: ArrayLike, out: NDArray[Any] | None = None, gather: Gather = gather_rows
+    ) -> NDArray[Any]:
         """Features of rows, in the order asked for; a row may come several times.
 
         Args:
             recipe_id: id, digest or first digits.
             tap: name of the array, `penultimate@none`.
             rows: (n,) row ids, as given by `rows`.
-
-        Returns:
-            (n, *row shape), a copy, in the storage dtype.
+            out: where to put them, (n, values of a row) in the storage dtype; default a new array (n, *row shape).
+            gather: what copies rows of mapped files.
 
         Raises:
             InputError: no such tap, or no such row.
@@ -259,13 +261,10 @@ class FeatureStore:
         self._own()
         stored = self._stored(recipe_id)
         self._require_tap(stored, tap)
-        return self._reader.read(stored, tap, rows)
+        return self._reader.read(stored, tap, rows, out, gather)
 
     def slots(self, recipe_id: str, rows: ArrayLike) -> NDArray[np.int64]:
-        """(n,) int64: where rows lie at this moment; slot // rows_per_chunk is the chunk.
-
-        Reading in this order is sequential.
-        """
+        """(n,) int64: where rows lie now, in chunk slot // rows_per_chunk; in this order they are read best."""
         self._own()
         return self._reader.slots(self._stored(recipe_id), np.asarray(rows, np.int64))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import FeatureCacheError, StoreError
+from featurecache.errors import CorruptionError, FeatureCacheError, StoreError
 from featurecache.store.binding import binding_names, load_binding, samples_with
 from featurecache.store.format import (
     KEY,
@@ -114,9 +114,13 @@ def check_store(index: Index, paths: StorePaths) -> VerifyReport:
         check_identity(index, paths)
     except NewerStoreError:
         raise  # what a newer version means by it can't be checked here
-    except StoreError as error:
+    except CorruptionError as error:
         kind = "metadata" if str(error).startswith(str(paths.zarr / "zarr.json")) else "index"
         report.problems.append(Problem(kind, str(error)))
+    except StoreError as error:  # another store's index, or an earlier copy: most of its files would seem damaged
+        report.problems.append(Problem("index", str(error)))
+        report.notes.append(f"{paths.zarr}: not checked, since this index tells of other files")
+        return report
     try:
         report.problems += _index_problems(index)
         stored = index.recipes()

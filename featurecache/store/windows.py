@@ -8,6 +8,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,21 @@ from featurecache.store.format import ArraySpec
 AVAILABLE = sys.platform != "win32" and sys.maxsize > 2**32
 """Whether this platform can map a file at a chosen address; elsewhere chunks are read whole instead."""
 
+Gather = Callable[[NDArray[Any], NDArray[np.int64], NDArray[Any]], None]
+"""`gather(source, index, out)` does `out[i] = source[index[i]]`; only rows of `out` must lie apart."""
+
+PIECE_BYTES = 1 << 18
 _PROT_NONE = 0
 _MAP_FIXED = 0x10  # the same on Linux, macOS and the BSDs; Python's mmap has no name for it
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 _FAILED = ctypes.c_void_p(-1).value
+
+
+def gather_rows(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """`Gather` by numpy, which can't gather into a part of wider rows: in pieces that stay in the processor's cache."""
+    step = max(1, PIECE_BYTES // max(1, out.itemsize * out.shape[1]))
+    for start in range(0, len(index), step):
+        out[start : start + step] = source[index[start : start + step]]
 
 
 def _libc() -> Any:
@@ -80,7 +92,6 @@ class Window:
         self._rows: NDArray[Any] = np.ndarray(
             (total // unit - self._row_units + 1, length), spec.dtype, self._bytes, 0, (unit, spec.dtype.itemsize)
         )
-        self._row_shape = spec.row_shape
 
     def map(self, chunk: int, descriptor: int) -> None:
         """Map a chunk file, which must have its full size."""
@@ -98,9 +109,10 @@ class Window:
         """The bytes of a mapped chunk without its checksum, not copied."""
         return self._bytes[chunk * self._step : chunk * self._step + self._size - 4]
 
-    def take(self, chunks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
-        """Copies of rows, (n, *row shape). Every chunk must be mapped: an unmapped one would end the process."""
+    def take(
+        self, chunks: NDArray[np.int64], offsets: NDArray[np.int64], out: NDArray[Any], gather: Gather = gather_rows
+    ) -> None:
+        """Copy rows to `out`, (n, values of a row). Every chunk must be mapped: one that is not ends the process."""
         if not self.mapped[chunks].all():
             raise RuntimeError("a row of a chunk that is not mapped was asked for")
-        rows: NDArray[Any] = self._rows[chunks * self._chunk_units + offsets * self._row_units]
-        return rows.reshape(len(chunks), *self._row_shape)
+        gather(self._rows, chunks * self._chunk_units + offsets * self._row_units, out)

@@ -7,7 +7,16 @@ from torch import nn
 
 from featurecache.bodies.channels import adapt_statistics
 from featurecache.bodies.registry import load_body
-from featurecache.bodies.surgery import adapt_channels, freeze, freeze_batchnorm, parameter_groups, unfreeze
+from featurecache.bodies.surgery import (
+    adapt_channels,
+    blocks,
+    checkpointed,
+    compiled,
+    freeze,
+    freeze_batchnorm,
+    parameter_groups,
+    unfreeze,
+)
 from featurecache.errors import InputError
 
 
@@ -149,3 +158,64 @@ def test_few_layers_give_few_groups():
     assert [len(group) for group in parameter_groups(make(), 1)] == [10]
     with pytest.raises(InputError, match="0 parameter groups"):
         parameter_groups(make(), 0)
+
+
+def test_blocks_cover_most_of_a_body_and_hold_no_tap(resnet):
+    found = blocks(resnet)
+    assert len(found) == len(set(found)) >= 6
+    inside = {p for unit in found for p in unit.parameters()}
+    assert sum(p.numel() for p in inside) > 0.9 * sum(p.numel() for p in resnet.parameters())
+    tapped = blocks(resnet, ["layer4.0.conv2"])
+    assert resnet.layer4[0] in found
+    assert resnet.layer4[0] not in tapped
+    assert resnet.layer4[1] in tapped
+    assert resnet.layer4[0] in blocks(resnet, ["layer4.0", ""])  # hooks on the block itself fire outside of it
+
+
+def test_recomputed_blocks_keep_fewer_activations_and_give_the_same_gradients(resnet):
+    resnet.eval()
+    x = torch.rand(2, 3, 64, 64)
+
+    def run():
+        resnet.zero_grad()
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            resnet(x).square().sum().backward()
+        return kept, [p.grad.clone() for p in resnet.parameters()]
+
+    most, expected = run()
+    with checkpointed(blocks(resnet)):
+        fewer, found = run()
+    assert fewer < 0.5 * most
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "forward" not in vars(resnet.layer1)
+    assert run()[0] == most
+
+
+def test_a_block_that_changes_its_input_is_refused():
+    unit = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    with checkpointed([unit]), pytest.raises(InputError, match="a Sequential of the body changes its input in place"):
+        unit(torch.randn(1, 3, 4, 4))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_and_hooks_on_them_fire():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), nn.Flatten())
+    x = torch.rand(2, 3, 8, 8)
+    expected = body(x)
+    seen = []
+    with compiled(blocks(body), backend="aot_eager"):
+        torch.testing.assert_close(body(x), expected)
+        handle = body[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        body(x)
+        handle.remove()
+    assert seen == [(2, 4, 4, 4)]
+    assert "forward" not in vars(body[0])
+    assert torch.equal(body(x), expected)

@@ -9,6 +9,7 @@ from featurecache.evaluation.bootstrap import (
     Repeat,
     Said,
     bootstrap_intervals,
+    class_tables,
     label_intervals,
     paired_differences,
     percentile_interval,
@@ -206,3 +207,30 @@ def test_rows_are_told_apart_by_their_place_among_all_samples():
         times = np.bincount(row, minlength=60)
         expected.append(np.mean([(hits[r] * times[r]).sum() / times[r].sum() for r in halves]))
     np.testing.assert_allclose(found, expected)
+
+
+def test_tables_of_classes_are_those_of_one_class_against_the_rest():
+    rng = np.random.default_rng(8)
+    values = rng.integers(-1, 3, 150)
+    raw = rng.random((150, 3)) + 0.8 * np.eye(3)[np.maximum(values, 0)]
+    scores = raw / raw.sum(axis=1, keepdims=True)
+    target = Target("multiclass", ("y",), tuple("abc"), values)
+    groups = np.arange(150) // 3
+    table = class_tables(target, scores, groups, n=40, seed=3)
+    known = values >= 0
+    said = scores.argmax(axis=1)
+    for number, label in enumerate("abc"):
+        one = Target("binary", ("y",), ("no", "yes"), np.where(known, values == number, -1).astype(np.int64))
+        both = np.stack([(said != number), (said == number)], axis=1).astype(float)
+        expected = compute_metrics(one, both, threshold=0.5)
+        row = table[label]
+        for name in ("sensitivity", "specificity", "ppv", "npv", "f1"):
+            assert row[name] == pytest.approx(expected[name])
+        assert row["n"] == (values == number).sum()
+        assert row["predicted"] == (said[known] == number).sum()
+        ranked = np.stack([1 - scores[:, number], scores[:, number]], axis=1)
+        assert row["roc_auc"] == pytest.approx(compute_metrics(one, ranked)["roc_auc"])
+        same = bootstrap_intervals(one, ranked, groups, n=40, seed=3, metrics=["roc_auc"])
+        assert row["intervals"]["roc_auc"] == pytest.approx(same["roc_auc"])
+        low, high = row["intervals"]["sensitivity"]
+        assert low <= row["sensitivity"] <= high

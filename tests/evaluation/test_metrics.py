@@ -5,15 +5,11 @@ import pytest
 from sklearn import metrics as sk
 
 from featurecache.data.targets import Target
-from featurecache.errors import InputError
 from featurecache.evaluation.metrics import (
     BINARY,
     CLASSIFICATION,
-    REGRESSION,
     calibration_error,
     compute_metrics,
-    decide,
-    metric_names,
 )
 
 RNG = np.random.default_rng(0)
@@ -47,7 +43,7 @@ def test_binary_against_scikit_learn():
         "sensitivity": sk.recall_score(y, predicted),
         "specificity": sk.recall_score(y, predicted, pos_label=0),
     }
-    assert set(found) == {*expected, "ece"}
+    assert set(found) == {*expected, "ece", "ppv", "npv", "f1", "sensitivity_at_90_specificity"}
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-12), name
     assert all(type(value) in (int, float) for value in found.values())
@@ -162,25 +158,26 @@ def test_rounded_probabilities_give_no_warning():
         compute_metrics(Target("multiclass", ("y",), tuple("abc"), np.array([0, 1])), np.full((2, 3), 0.333))
 
 
-def test_decisions():
-    target = binary([0, 1, 0])
-    assert decide(target, two([0.5, 0.49, 0.7])).tolist() == [1, 0, 1]
-    assert decide(target, two([0.5, 0.49, 0.7]), threshold=0.6).tolist() == [0, 0, 1]
-    labels = Target("multilabel", ("a", "b"), (), np.zeros((2, 2), dtype=np.float32))
-    found = decide(labels, np.array([[0.5, np.nan], [0.2, np.nan]]), threshold={"a": 0.1, "b": None})
-    np.testing.assert_array_equal(found, [[1, np.nan], [1, np.nan]])
-    several = Target("multiclass", ("y",), tuple("abc"), np.array([0]))
-    assert decide(several, np.array([[0.2, 0.5, 0.3]])).tolist() == [1]
-    numbers = Target("regression", ("u",), (), np.zeros((1, 1)))
-    assert decide(numbers, np.array([[4.2]])).tolist() == [[4.2]]
+def test_a_threshold_per_row_decides_that_row():
+    p = np.array([0.3, 0.3, 0.7, 0.7, 0.5])
+    target = Target("binary", ("y",), ("no", "yes"), np.array([0, 1, 0, 1, -1]))
+    cut = np.array([0.4, 0.2, 0.8, 0.6, 0.0])
+    assert compute_metrics(target, two(p), threshold=cut)["accuracy"] == 1.0
+    assert compute_metrics(target, two(p), threshold=0.5)["accuracy"] == 0.5
+    labels = Target("multilabel", ("u",), (), np.array([[0], [1], [0], [1], [np.nan]], dtype=np.float32))
+    assert compute_metrics(labels, p[:, None], threshold={"u": cut})["labels"]["u"]["sensitivity"] == 1.0
 
 
-def test_scores_of_another_shape():
-    with pytest.raises(InputError, match=r"scores of shape \(3,\) for a binary target, expected \(3, 2\)"):
-        compute_metrics(binary([0, 1, 0]), np.zeros(3))
-
-
-def test_names():
-    assert metric_names("multilabel") == BINARY
-    assert metric_names("multiclass") == CLASSIFICATION
-    assert metric_names("regression") == REGRESSION
+def test_figures_of_the_positive_class_and_the_sensitivity_at_a_specificity():
+    rng = np.random.default_rng(4)
+    y = rng.integers(0, 2, 300)
+    p = np.clip(0.25 * y + rng.random(300) * 0.75, 0, 1).round(2)
+    found = compute_metrics(binary(y), two(p), threshold=0.6)
+    said = p >= 0.6
+    assert found["ppv"] == pytest.approx(sk.precision_score(y, said))
+    assert found["npv"] == pytest.approx(sk.precision_score(1 - y, ~said))
+    assert found["f1"] == pytest.approx(sk.f1_score(y, said))
+    best = max(
+        (p[y == 1] >= cut).mean() for cut in [*np.unique(p), 2] if (p[y == 0] < cut).mean() >= 0.9
+    )  # by every threshold there is
+    assert found["sensitivity_at_90_specificity"] == pytest.approx(best)

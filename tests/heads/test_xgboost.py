@@ -1,4 +1,5 @@
 import json
+import signal
 import warnings
 
 import numpy as np
@@ -211,3 +212,33 @@ def test_a_record_that_does_not_fit_the_trees(problem, tmp_path):
     (tmp_path / "head.json").write_text(json.dumps(record | {"names": ["y0", "y1"]}))
     with pytest.raises(RunError, match=r"has 14 features and 3 outputs, head.json 14 and 2"):
         load_head(tmp_path)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_an_interrupt_while_rows_are_handed_over_ends_the_fit(problem, monkeypatch, tmp_path, memory):
+    """XGBoost loses an interrupt in its callback, goes on with fewer rows, and writes beyond its arrays."""
+    monkeypatch.setattr(features_module, "MOST_ROWS", 40)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = problem("binary")
+    before = signal.getsignal(signal.SIGINT)
+
+    class Pressed(ArrayFeatures):
+        left = 0
+
+        def __getitem__(self, rows):
+            Pressed.left -= 1
+            if Pressed.left == 0:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(rows)
+
+    features = Pressed(data.x, data.features.blocks)
+    Pressed.left = 10**6
+    XGBoostHead(SETTINGS, memory=memory).fit(data.fold(0, 140, features), data.fold(140, 190, features))
+    reads = 10**6 - Pressed.left
+    assert reads > 20  # XGBoost goes through the rows several times
+    for number in range(1, reads + 1):
+        Pressed.left = number
+        with pytest.raises(KeyboardInterrupt):
+            XGBoostHead(SETTINGS, memory=memory).fit(data.fold(0, 140, features), data.fold(140, 190, features))
+        assert signal.getsignal(signal.SIGINT) is before
+    assert not list(tmp_path.iterdir())

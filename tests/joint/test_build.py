@@ -4,7 +4,7 @@ from plugin_joint import write_samples
 
 from featurecache.config import JointConfig, Tap
 from featurecache.data.manifest import read_manifest
-from featurecache.joint.build import BODY_GROUPS, make_fusion, make_groups, make_model, used_parameters
+from featurecache.joint.build import BODY_GROUPS, make_groups, make_model, used_parameters
 from featurecache.joint.start import make_blocks, set_up
 
 
@@ -18,7 +18,7 @@ def built(tmp_path_factory):
     )  # fmt: skip
     taps = {"a": (Tap(),), "b": (Tap.parse("features.4:avg"),)}
     setups = set_up(config, read_manifest(config).views, taps=taps, seed=0)
-    model = make_model(setups, make_fusion("concat", make_blocks(setups)), torch.nn.Linear(524, 2), multi="error")
+    model = make_model(setups, make_blocks(setups), torch.nn.Linear(524, 2), multi="error")
     return setups, model
 
 

@@ -16,7 +16,7 @@ from featurecache.bodies.registry import load_run_body
 from featurecache.config import JointConfig
 from featurecache.errors import FeatureCacheError, InputError
 from featurecache.joint.finetune import finetune_joint
-from featurecache.joint.loop import draw_seed
+from featurecache.joint.step import draw_seed
 from featurecache.progress import Silent
 from featurecache.run import load_run
 
@@ -61,7 +61,7 @@ def test_the_loss_falls_and_the_run_is_complete(run):
     history = run.history
     assert history["phase"].to_list() == ["frozen", *["unfrozen"] * 5]
     assert history["epoch"].to_list() == list(range(1, 7))
-    assert history["valid_loss"][-1] < 0.75 * history["valid_loss"][0]
+    assert history["valid_loss"][-1] < 0.8 * history["valid_loss"][0]
     assert history["train_loss"][-1] < 0.75 * history["train_loss"][0]
     assert run.metrics["test"]["accuracy"] >= 0.8
     assert run.kind == "joint"
@@ -69,7 +69,7 @@ def test_the_loss_falls_and_the_run_is_complete(run):
     names = {path.name for path in run.path.iterdir()}
     assert names == {
         "run.json", "head.json", "head.safetensors", "bodies", "splits.csv", "metrics.json", "predictions.csv",
-        "history.csv", "README.md", "report.html",
+        "history.csv", "README.md", "report.html", "curves.json",
     }  # fmt: skip
     assert run.record["failed"] == []
     assert run.record["best_epoch"] == history["epoch"][int(np.argmin(history["valid_loss"].to_numpy()))]
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(manifest, tmp_path):
     ("changes", "message"),
     [
         ({"epochs": 0, "freeze_epochs": 0}, "nothing would be trained"),
-        ({"lr": 0.0, "body_lr": -1.0}, r"lr=0.0: must be above 0\n.*body_lr=-1.0"),
+        ({"lr": 0.0, "body_lr": -1.0}, r"lr=0.0: must be above 0, or 'find'\n.*body_lr=-1.0"),
         ({"view_dropout": 1.0}, r"view_dropout=1.0: must be in \[0, 1\)"),
         ({"batch_size": 1}, "batch_size=1: must be at least 2"),
         ({"out": None, "resume": True}, "--resume needs --out"),

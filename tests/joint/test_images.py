@@ -134,3 +134,39 @@ def test_order_depends_on_seed_and_epoch_alone_and_no_batch_holds_one():
     assert sorted(shuffled(samples, 3, 5)) == samples.tolist()
     assert [len(part) for part in plan_batches(samples, 16)] == [16, 17]
     assert [len(part) for part in plan_batches(samples, 10)] == [10, 10, 10, 3]
+
+
+def test_views_may_be_augmented_differently_but_share_the_geometric_draw(tmp_path):
+    path = write_samples(tmp_path, 4)
+    path.write_text(path.read_text().replace("-b0.png", "-a0.png"))  # both views show the same picture
+    config = JointConfig(manifest=path, views={"a": "a", "b": "b"}, body="plugin_joint:tiny")
+    manifest = read_manifest(config)
+    setups = setups_of(config, manifest)
+    both = {"a": Augmentation(("flip",)), "b": Augmentation(("flip", "vflip"))}
+    images = SampleImages(manifest, setups, seed=5, augmentation=both)
+    only = SampleImages(manifest, setups, seed=5, augmentation={"a": Augmentation(("flip",))})
+    seen = set()
+    for epoch in range(12):
+        found, plain = images.load(0, epoch), images.load(0)
+        a, b = found.images["a"][0], found.images["b"][0]
+        draw = both["a"].draw(5, epoch, 0)
+        assert torch.equal(a, plain.images["a"][0].flip(-1) if draw.flip else plain.images["a"][0])
+        assert torch.equal(b, a.flip(-2) if draw.vflip else a)
+        assert torch.equal(only.load(0, epoch).images["b"][0], plain.images["b"][0])
+        seen.add((draw.flip, draw.vflip))
+    assert len(seen) == 4
+
+
+def test_alike_draws_do_not_depend_on_the_place_in_the_manifest(tmp_path):
+    path = write_samples(tmp_path, 3)
+    lines = path.read_text().splitlines()
+    turned = tmp_path / "turned.csv"
+    turned.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    options = {"seed": 2, "augmentation": Augmentation(("crop", "flip", "colour")), "alike": True}
+    found = []
+    for manifest in (path, turned):
+        config = JointConfig(manifest=manifest, views={"a": "a", "b": "b"}, body="plugin_joint:tiny")
+        read = read_manifest(config)
+        found.append(SampleImages(read, setups_of(config, read), **options))
+    assert torch.equal(found[0].load(0, 1).images["a"][0], found[1].load(2, 1).images["a"][0])
+    assert not torch.equal(found[0].load(0, 1).images["a"][0], found[0].load(0, 2).images["a"][0])

@@ -4,7 +4,6 @@ from plugin_joint import tiny
 from torch import nn
 
 from featurecache.features import Block
-from featurecache.fusion import Concat
 from featurecache.joint.model import JointModel
 
 BLOCKS = (Block("a", "penultimate@none", 0, 12, (12,)), Block("b", "penultimate@none", 12, 24, (12,)))
@@ -36,7 +35,7 @@ class Remember(nn.Module):
 
 def make(multi="error", shared=False):
     bodies = [Vector()] if shared else [Vector(), Vector()]
-    return JointModel(bodies, {"a": 0, "b": 0 if shared else 1}, Concat(BLOCKS), Remember(), multi=multi)
+    return JointModel(bodies, {"a": 0, "b": 0 if shared else 1}, BLOCKS, Remember(), multi=multi)
 
 
 def images(n, seed=0):

@@ -86,3 +86,28 @@ def test_bodies_and_readers_that_work_in_another_way_are_refused(run, tmp_path):
         load_joint(lacking, trust=TRUST)
     with pytest.raises(InputError, match=r"a head run, not one of finetune-joint"):
         load_joint(Run(run.path, {**run.record, "kind": "head"}))
+
+
+def test_test_time_augmentation_is_the_mean_over_plain_images_and_drawn_versions(run, tmp_path):
+    from featurecache.data.transforms import Augmentation
+    from featurecache.joint.images import SampleImages
+    from featurecache.joint.predict import joint_scores
+    from featurecache.joint.runner import Runner, make_fabric
+
+    manifest = manifest_of(tmp_path)
+    plain = predict_joint(run, manifest, device="cpu", trust=TRUST)
+    found = predict_joint(run, manifest, device="cpu", trust=TRUST, tta=2)
+    model, head, setups = load_joint(run, trust=TRUST)
+    fabric = make_fabric(torch.device("cpu"), "fp32")
+    runner = Runner(fabric, fabric.setup_module(model), {view: setup.preprocessing for view, setup in setups.items()})
+    drawn = SampleImages(manifest, setups, seed=0, augmentation=Augmentation(("crop", "flip")), alike=True)
+    versions = [
+        joint_scores(head, runner.predict(drawn, np.arange(10), batch_size=32, workers=1, epoch=k)[1]) for k in (1, 2)
+    ]
+    np.testing.assert_allclose(found.scores, (plain.scores + sum(versions)) / 3, atol=1e-6)
+    assert np.abs(found.scores - plain.scores).max() > 1e-4
+    with pytest.raises(InputError, match=r"--tta -1: 0 for none"):
+        predict_joint(run, manifest, device="cpu", trust=TRUST, tta=-1)
+    bare = changed(run, tmp_path / "bare", lambda r: r["config"].update(augment={"*": ["mixup"]}))
+    with pytest.raises(InputError, match=r"trained without augmentation of its images, so --tta has nothing"):
+        predict_joint(bare, manifest, device="cpu", trust=TRUST, tta=2)

@@ -4,7 +4,7 @@ from torch import nn
 
 from featurecache.joint.schedule import (
     Phase,
-    discriminative,
+    body_rates,
     load_optimizer_tensors,
     make_optimizer,
     make_phases,
@@ -20,6 +20,24 @@ def test_phases_without_epochs_are_left_out():
     assert make_phases(1, 0) == (Phase("frozen", 1, 1),)
     assert make_phases(1, 1)[0].frozen
     assert not make_phases(1, 1)[1].frozen
+    assert make_phases(1, 1)[1].last == 2
+
+
+@pytest.mark.parametrize(
+    ("epochs", "depths"), [(1, [3]), (2, [2, 3]), (5, [1, 2, 3, 3, 3]), (8, [1, 1, 2, 2, 3, 3, 3, 3])]
+)
+def test_gradual_unfreezing_begins_at_the_top_and_has_come_to_the_input_by_half(epochs, depths):
+    frozen, phase = make_phases(1, epochs, gradual=True)
+    assert [phase.depth(epoch, 3) for epoch in range(2, epochs + 2)] == depths
+    assert frozen.depth(1, 3) == 0
+    assert {make_phases(0, epochs)[0].depth(epoch, 3) for epoch in range(1, epochs + 1)} == {3}
+    assert phase.depth(2, 1) == 1
+
+
+def test_a_loss_means_something_past_the_peak_and_once_all_learn():
+    assert make_phases(2, 8)[1].settled(3, 0.25) == 4
+    assert make_phases(2, 8, gradual=True)[1].settled(3, 0.25) == 7
+    assert make_phases(2, 8)[0].settled(3, 0.0) == 1
 
 
 def test_one_cycle_rises_to_the_peak_and_falls_while_momentum_does_the_opposite():
@@ -34,9 +52,16 @@ def test_one_cycle_rises_to_the_peak_and_falls_while_momentum_does_the_opposite(
     assert one_cycle(0, 1)[0] <= 1
 
 
-def test_discriminative_rates_rise_geometrically_towards_the_head():
-    rates = discriminative(1e-5, 1e-2, 3)
-    assert rates == pytest.approx([1e-5, 1e-4, 1e-3])
+def test_the_part_in_which_rates_rise_can_be_chosen():
+    rates = [one_cycle(step, 101, 0.5)[0] for step in range(101)]
+    assert max(rates) == rates[50] == pytest.approx(1.0)
+    assert one_cycle(0, 101, 0.0) == (1.0, 0.85)
+
+
+def test_rates_of_the_bodies_rise_geometrically():
+    assert body_rates(1e-5, 1e-2, 3) == pytest.approx([1e-5, 1e-4, 1e-3])
+    assert body_rates((1e-6, 1e-4), 1e-2, 3) == pytest.approx([1e-6, 1e-5, 1e-4])
+    assert body_rates((1e-6, 1e-4), 1e-2, 1) == pytest.approx([1e-4])
 
 
 def model_and_optimizer():
@@ -56,9 +81,10 @@ def test_norms_and_biases_are_not_decayed():
     assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.1, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "4.weight": 0.1, "4.bias": 0.0,
     }  # fmt: skip
-    assert set_rates(optimizer, 25, 101) == pytest.approx(1e-2)
+    assert set_rates(optimizer, 0.5, 0.9) == pytest.approx(5e-3)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.99)}
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
-        {"low": 1e-3, "low:plain": 1e-3, "head": 1e-2, "head:plain": 1e-2}
+        {"low": 5e-4, "low:plain": 5e-4, "head": 5e-3, "head:plain": 5e-3}
     )
 
 
@@ -76,7 +102,7 @@ def test_an_optimiser_restored_from_its_tensors_goes_on_bitwise():
             torch.manual_seed(start + k)
             optimizer.zero_grad()
             model(torch.randn(4, 3, 4, 4)).square().sum().backward()
-            set_rates(optimizer, start + k, 10)
+            set_rates(optimizer, *one_cycle(start + k, 10))
             optimizer.step()
 
     model, optimizer = model_and_optimizer()

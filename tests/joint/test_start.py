@@ -4,17 +4,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from plugin_joint import write_samples
+from extract_kit import main
+from plugin_joint import tiny, write_samples
+from safetensors.torch import load_file
 
+from featurecache.cli.jointoptions import with_value
 from featurecache.config import ExtractConfig, JointConfig
+from featurecache.data.manifest import read_manifest
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.extract import extract
 from featurecache.fit import fit_head
 from featurecache.heads.losses import scores_from_outputs
-from featurecache.joint.build import make_fusion, make_head, make_model
+from featurecache.joint.build import make_head, make_model
 from featurecache.joint.finetune import finetune_joint
 from featurecache.joint.images import SampleImages
+from featurecache.joint.predict import predict_joint
 from featurecache.joint.start import prepare
 
 TRUST = ("plugin_joint:tiny",)
@@ -52,12 +57,11 @@ def test_before_the_first_step_the_model_predicts_what_the_head_does(folder, vie
     assert list(start.setups) == ["a", "b"]
     assert [block.tap for block in start.blocks] == ["features.5@avg", "penultimate@none"] * 2
     assert start.target.names == ("label",)
-    fusion = make_fusion("concat", start.blocks)
     head = make_head(
-        start.head, fusion, start.target, start.head.settings, missing=False, view_dropout=view_dropout, seed=0
+        start.head, start.blocks, start.target, start.head.settings, missing=False, view_dropout=view_dropout, seed=0
     )
     assert head.indicators == (view_dropout > 0)
-    model = make_model(start.setups, fusion, head, multi="error")
+    model = make_model(start.setups, start.blocks, head, multi="error")
     images = SampleImages(start.manifest, start.setups)
     batch = images.collate([images.load(i) for i in range(len(images))])
     normalised = {view: start.setups[view].preprocessing.normalise(image) for view, image in batch.images.items()}
@@ -68,7 +72,7 @@ def test_before_the_first_step_the_model_predicts_what_the_head_does(folder, vie
 
 
 def test_training_goes_on_from_the_head_and_never_ends_worse(folder, tmp_path):
-    run = finetune_joint(config(folder, out=tmp_path / "run", lr=1e-3, body_lr=1e-4))
+    run = finetune_joint(config(folder, out=tmp_path / "run", lr=1e-3, body_lr=1e-4, freeze_epochs=1))
     history = run.history
     assert history["phase"].to_list() == ["start", "frozen", "unfrozen", "unfrozen"]
     assert min(history["valid_loss"]) <= history["valid_loss"][0]
@@ -136,6 +140,8 @@ def test_starts_that_cannot_be_are_refused(folder, tmp_path):
         prepare(config(folder, views={"a": "a"}))
     with pytest.raises(InputError, match="the head takes concatenated features, so --fusion mean can't start from it"):
         prepare(config(folder, fusion="mean"))
+    with pytest.raises(InputError, match="--tap: the head that training starts from says which taps it takes"):
+        prepare(config(folder, tap=("features.1:avg",)))
     with pytest.raises(InputError, match=r"fitted for binary label \(no, yes\); samples.csv holds multiclass kind"):
         prepare(config(folder, target=("kind",)))
     with pytest.raises(RecipeMismatchError, match=r"view 'a' would start from another body .*preprocessing.mean"):
@@ -157,3 +163,126 @@ def test_samples_that_the_split_does_not_know_are_only_predicted(folder, tmp_pat
     other.write_text("\n".join([lines[0], *(f"x{line}" for line in lines[1:])]) + "\n")
     with pytest.raises(InputError, match=r"none of its samples \('s000', ...\) is in .*other.csv \('xs000', ...\)"):
         prepare(config(folder, manifest=other))
+
+
+def test_a_head_with_a_fusion_of_its_own_is_a_start_too(folder, tmp_path):
+    data = FeatureDataset(folder / "store", dataset="samples", target="label", tap=["features.5", "penultimate"])
+    settings = {"hidden": [8], "epochs": 2, "fusion": "gated"}
+    fit_head(data, head="fc", out=tmp_path / "gated", settings=settings, split="auto", seed=3, bootstrap=0)
+    run = finetune_joint(config(folder, init=tmp_path / "gated", out=tmp_path / "run", lr=9.0, body_lr=9.0, epochs=1))
+    assert run.record["best_epoch"] == 0  # a ruinous rate: what it started from is kept
+    assert run.record["fusion"] == "gated"
+    table = run.predictions.join(pl_predictions(tmp_path / "gated"), on="sample_id")
+    np.testing.assert_allclose(table["p:yes"].to_numpy(), table["p:yes_right"].to_numpy(), atol=1e-4)
+
+
+def plain(folder, **changes):
+    """Without a head to start from."""
+    options = {"init": None, "views": {"a": "a", "b": "b"}, "body": "plugin_joint:tiny", "target": ("label",)}
+    return config(folder, **{**options, "settings": {"hidden": [8]}, **changes})
+
+
+def test_a_shared_stem_learns_as_one_and_every_view_has_its_whole_body(folder, tmp_path):
+    run = finetune_joint(
+        plain(folder, out=tmp_path / "run", share_bodies="stem", stem="features.3", epochs=1, freeze_epochs=0)
+    )
+    assert [run.bodies[view]["file"] for view in ("a", "b")] == ["bodies/a.safetensors", "bodies/b.safetensors"]
+    a, b = (load_file(run.path / "bodies" / f"{view}.safetensors") for view in ("a", "b"))
+    before = tiny().state_dict()
+    trained = [name for name in before if not torch.equal(a[name], before[name])]
+    assert {name for name in trained if torch.equal(a[name], b[name])} == {
+        "features.0.weight", "features.1.bias", "features.1.weight", "features.3.weight",
+    }  # fmt: skip
+    assert {"features.4.weight", "features.6.weight"} <= set(trained)
+    found = predict_joint(run, read_manifest(plain(folder)), device="cpu", trust=TRUST)
+    np.testing.assert_allclose(found.scores[:, 1], run.predictions["p:yes"].to_numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"share_bodies": "stem"}, {"stem": "features.3"}])
+def test_a_stem_and_its_last_module_go_together(folder, changes):
+    with pytest.raises(InputError, match=r"--share-bodies stem and --stem MODULE, .* go together"):
+        prepare(plain(folder, **changes))
+
+
+def test_spatial_takes_the_last_map_and_wants_rows_that_correspond(folder, tmp_path):
+    start = prepare(plain(folder, fusion="spatial", resize_mode="squash"))
+    assert [(block.tap, block.shape) for block in start.blocks] == [("features@rows", (12, 8))] * 2
+    named = prepare(plain(folder, fusion="spatial", resize_mode="pad", tap=("features.3:rows",)))
+    assert named.tap == {"a": ["features.3@rows"], "b": ["features.3@rows"]}
+    with pytest.raises(InputError, match=r"compares the views row by row.* found a: resize 32, crop 32, resize_mode"):
+        prepare(plain(folder, fusion="spatial"))
+    with pytest.raises(InputError, match="fusion 'spatial' needs one map per view"):
+        prepare(plain(folder, fusion="spatial", resize_mode="squash", tap=("penultimate",)))
+    run = finetune_joint(
+        plain(folder, out=tmp_path / "run", fusion="spatial", resize_mode="squash", epochs=1, freeze_epochs=0)
+    )
+    found = predict_joint(run, read_manifest(plain(folder)), device="cpu", trust=TRUST)
+    np.testing.assert_allclose(found.scores[:, 1], run.predictions["p:yes"].to_numpy(), atol=1e-5)
+
+
+def test_spatial_on_cached_rows(folder, tmp_path):
+    stage = {
+        "manifest": folder / "samples.csv", "views": {"a": "a", "b": "b"}, "body": "plugin_joint:tiny",
+        "store": folder / "store", "precision": "fp32", "device": "cpu", "tap": "features:rows", "engine": "torch",
+    }  # fmt: skip
+    settings = {"hidden": [8], "epochs": 2, "fusion": "spatial"}
+    for mode in ("squash", "crop"):
+        extract(ExtractConfig.create({**stage, "resize_mode": mode, "name": mode}))
+    squash, crop = (FeatureDataset(folder / "store", dataset=mode, target="label") for mode in ("squash", "crop"))
+    fit_head(squash, head="fc", out=tmp_path / "run", settings=settings, bootstrap=0)
+    with pytest.raises(InputError, match=r"compares the views row by row.* resize_mode crop"):
+        fit_head(crop, head="fc", out=tmp_path / "other", settings=settings, bootstrap=0)
+
+
+def test_pairs_never_lack_half_of_what_they_compare(folder):
+    start = prepare(plain(folder, fusion="difference-product", view_dropout=0.3))
+    assert start.config.view_dropout == 0
+
+
+def test_share_bodies_alone_is_still_all():
+    assert with_value(["m.csv", "--share-bodies", "--epochs", "2"]) == [
+        "m.csv",
+        "--share-bodies",
+        "all",
+        "--epochs",
+        "2",
+    ]
+    assert with_value(["--share-bodies", "stem", "m.csv"]) == ["--share-bodies", "stem", "m.csv"]
+    assert with_value(["--share-bodies"]) == ["--share-bodies", "all"]
+    assert JointConfig.create({"manifest": "m.csv", "share_bodies": True}).share_bodies == "all"
+    assert JointConfig.create({"manifest": "m.csv"}).share_bodies == "none"
+    with pytest.raises(InputError, match="share_bodies: Input should be 'all', 'stem' or 'none'"):
+        JointConfig.create({"manifest": "m.csv", "share_bodies": "some"})
+
+
+def test_each_view_tuned_alone_then_stacked_under_xgboost_by_commands(folder, tmp_path, capsys):
+    body = ("--body", "plugin_joint:tiny", "--trust-factory", "plugin_joint:tiny", "--device", "cpu")
+    fit = ("--target", "label", "--bootstrap", 0, "--quiet")
+    for view in ("a", "b"):
+        tuning = ("--epochs", 1, "--freeze-epochs", 0, "--precision", "fp32", "--set", "hidden=8", "--batch-size", 16)
+        done = main(
+            "finetune-joint", folder / "samples.csv", "--view", f"{view}={view}", *body, *fit, *tuning,
+            "--out", tmp_path / view, capsys=capsys,
+        )  # fmt: skip
+        assert done[0] == 0, done[2]
+    tuned = [word for view in ("a", "b") for word in ("--body", f"{view}=run:{tmp_path / view}")]
+    views = ("--view", "a=a", "--view", "b=b")
+    done = main(
+        "extract", folder / "samples.csv", *views, *tuned, *body[2:], "--engine", "torch", "--precision", "fp32",
+        "--store-dtype", "float32", "--store", tmp_path / "store", "--json", capsys=capsys,
+    )  # fmt: skip
+    assert done[0] == 0, done[2]
+    recipes = json.loads(done[1])["recipes"]
+    for view in ("a", "b"):
+        record = json.loads((tmp_path / view / "run.json").read_text())
+        assert record["recipes"][view]["digest"].startswith(recipes[view])
+    done = main(
+        "fit-head", tmp_path / "store", "--dataset", "samples", "--head", "xgboost", *fit, "--set", "n_estimators=5",
+        "--out", tmp_path / "xgb", capsys=capsys,
+    )  # fmt: skip
+    assert done[0] == 0, done[2]
+    done = main(
+        "predict", tmp_path / "xgb", folder / "samples.csv", *body[2:], "--out", tmp_path / "p.csv", "--quiet",
+        capsys=capsys,
+    )  # fmt: skip
+    assert done[0] == 0, done[2]

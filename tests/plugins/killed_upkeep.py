@@ -1,4 +1,4 @@
-"""Forks of one small process that drop things from a store and are killed at a named step.
+"""Forks of one process that do something to a store and are killed at a step of it.
 
 Not forks of the test: polars, which has been used there, hangs in a child.
 """
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,15 @@ class Upkeep:
         self._server.wait(60)
         self._server.stdout.close()
 
-    def killed(self, step: str, count: int, what: str, path: Path, *words: str) -> bool:
+    def killed(self, step: str, count: int, what: str, path: Path, *words: Any) -> bool:
         """Do it in a process that is killed when the step is done for the `count`th time; False where it came through.
 
         Args:
-            step: of files.STEPS, MAINTENANCE_STEPS, or `io:write` and the like.
+            step: of files.STEPS, MAINTENANCE_STEPS, or `io:write` and the like; '' for any.
             count: from 1.
-            what: forget, rm, prune or compact.
+            what: one of `store_actions`.
             path: of the store.
-            words: ids, names, or the new store and the dataset of its order.
+            words: its other arguments, plain values.
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -58,41 +59,25 @@ def shared() -> Upkeep:
 
 
 def work(question: dict[str, Any]) -> None:
-    from featurecache.dropping import carry_out
-    from featurecache.forget import plan_forget
-    from featurecache.maintenance import plan_prune, plan_rm
+    import store_actions
+
     from featurecache.store import files
-    from featurecache.store.compact import compact
-    from featurecache.store.store import FeatureStore
 
     left = question["count"]
 
     def kill(step: str) -> None:
         nonlocal left
-        left -= step == question["step"]
+        left -= question["step"] in ("", step)
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    path, words = Path(question["path"]), question["words"]
     files.hook = kill
     files.os.fsync = lambda descriptor: None  # type: ignore[attr-defined]
-    if question["what"] == "compact":
-        compact(path, words[0], order=words[1])
-        return
-    with FeatureStore(path) as store:
-        plans = {
-            "forget": lambda: plan_forget(store, words),
-            "rm": lambda: plan_rm(store, words),
-            "prune": lambda: plan_prune(store),
-        }
-        plan = plans[question["what"]]()
-    carry_out(plan)
+    getattr(store_actions, question["what"])(Path(question["path"]), *question["words"])
 
 
 def serve() -> None:
-    import featurecache.forget
-    import featurecache.maintenance
-    import featurecache.store.compact  # noqa: F401
+    import store_actions  # noqa: F401  what the forks need is imported once
 
     for line in sys.stdin.buffer:
         child = os.fork()
@@ -100,6 +85,8 @@ def serve() -> None:
             try:
                 work(json.loads(line))
                 os._exit(0)
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(70)
         os.write(1, json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode() + b"\n")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,6 +229,7 @@ def quick() -> Iterator[None]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(1):
         patch.setattr("featurecache.results.write_report", lambda directory, record: None)
+        patch.setattr(import_module("featurecache.evaluate"), "write_evaluation_report", lambda *words, **options: None)
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)

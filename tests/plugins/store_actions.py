@@ -1,4 +1,4 @@
-"""What the state machine does to a store, by name and plain arguments, so that a process can be killed while at it."""
+"""What tests do to a store, by name and plain arguments, so that a process can be killed while at it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from featurecache.dropping import Removal, carry_out
 from featurecache.forget import plan_forget
 from featurecache.maintenance import plan_prune, plan_rm
 from featurecache.store import compact as compaction
+from featurecache.store import rebuild as rebuilding
+from featurecache.store import repair as repairs
 from featurecache.store.store import FeatureStore
 
 RECIPES = (make_recipe(), make_recipe(precision="bf16"))
@@ -28,20 +30,28 @@ def extract(path: Path, recipe: int, numbers: list[int], samples: dict[str, int]
         store.bind(binding, replace=True)
 
 
-def forget(path: Path, images: list[int]) -> None:
-    carry_out(planned(path, lambda store: plan_forget(store, [f"bird-{image}" for image in images])))
+def forget(path: Path, *ids: str) -> None:
+    carry_out(planned(path, lambda store: plan_forget(store, ids)))
+
+
+def rm(path: Path, *names: str) -> None:
+    carry_out(planned(path, lambda store: plan_rm(store, names)))
 
 
 def prune(path: Path) -> None:
     carry_out(planned(path, plan_prune))
 
 
-def remove_recipe(path: Path, recipe: int) -> None:
-    carry_out(planned(path, lambda store: plan_rm(store, [RECIPES[recipe].id])))
-
-
 def compact(path: Path, out: str, order: str | None) -> None:
     compaction.compact(path, out, order=order)
+
+
+def rebuild(path: Path) -> None:
+    rebuilding.rebuild_index(path)
+
+
+def repair(path: Path) -> None:
+    repairs.repair(path)
 
 
 def planned(path: Path, plan: Callable[[FeatureStore], Removal]) -> Removal:

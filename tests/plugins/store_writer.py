@@ -17,18 +17,12 @@ TYPED, UNTYPED = 3, 70
 
 
 class Writers:
-    """The process that forks a writer for each question.
+    """The process that forks a writer for each question; `preload` is a library for LD_PRELOAD."""
 
-    `preload` is a library for LD_PRELOAD; with `actions` torch is imported as well, which `Writers.act` needs.
-    """
-
-    def __init__(self, preload: Path | None = None, *, actions: bool = False) -> None:
+    def __init__(self, preload: Path | None = None) -> None:
         environment = {**os.environ, **({"LD_PRELOAD": str(preload)} if preload else {})}
         self._server = subprocess.Popen(
-            [sys.executable, __file__, *(["actions"] if actions else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
 
     def __enter__(self) -> Writers:
@@ -51,12 +45,6 @@ class Writers:
     def start(self, path: Path, rows: int, **options: Any) -> Writer:
         """Begin to write `rows` known rows; options: `die_at` (the number of a step), `fault` (what the disk does)."""
         return Writer(self, self.ask(path=str(path), rows=rows, **options), path)
-
-    def act(self, path: Path, action: str, *arguments: Any, die_at: int = 0) -> Writer:
-        """Carry out one of `store_actions`; it is killed at its `die_at`th operation, if it comes so far."""
-        writer = Writer(self, self.ask(path=str(path), action=action, arguments=arguments, die_at=die_at), path)
-        writer.wait()
-        return writer
 
     def run(self, path: Path, rows: int, **options: Any) -> Writer:
         writer = self.start(path, rows, **options)
@@ -101,7 +89,6 @@ def write(question: dict[str, Any]) -> int:
     from store_kit import write_known
 
     from featurecache.errors import FeatureCacheError
-    from featurecache.store import files
 
     path, events = Path(question["path"]), 0
 
@@ -118,13 +105,7 @@ def write(question: dict[str, Any]) -> int:
         library = ctypes.CDLL(None)
         library.fault_arm(str(path).encode(), *question["fault"])
     try:
-        if "action" in question:
-            import store_actions
-
-            files.hook = count
-            getattr(store_actions, question["action"])(path, *question["arguments"])
-        else:
-            write_known(path, question["rows"], count)
+        write_known(path, question["rows"], count)
         return 0
     except FeatureCacheError as error:
         path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
@@ -140,8 +121,6 @@ def serve() -> None:
     import store_kit  # noqa: F401  what the forks need is imported once
 
     assert "torch" not in sys.modules
-    if "actions" in sys.argv:
-        import store_actions  # noqa: F401
     for line in sys.stdin.buffer:
         question = json.loads(line)
         if "wait" in question:

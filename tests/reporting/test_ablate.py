@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import numpy as np
@@ -129,3 +130,18 @@ def test_the_command(folder, tmp_path):
     wrong = command(*words, "--set", "depth=3")
     assert wrong.status == 2
     assert "depth" in wrong.err
+
+
+def test_an_ablation_beside_a_run_is_shown_in_its_report(folder, tmp_path):
+    fit_head(dataset(folder, "label"), head="logistic", out=tmp_path / "run", bootstrap=0, images="none")
+    words = ["ablate", folder / "store", "--dataset", "m", "--head", "logistic", "--seeds", "1", "--bootstrap", "10"]
+    other = command(*words, "--target", "kind", "--run", tmp_path / "run")
+    assert other.status == 2
+    assert "predicts label from a, b; an ablation of kind from a, b does not belong there" in other.err
+    assert not (tmp_path / "run/ablation").exists()
+    done = command(*words, "--target", "label", "--run", tmp_path / "run")
+    assert done.status == 0, done.err
+    said = json.loads((tmp_path / "run/ablation/ablation.json").read_text())["conclusions"][0]
+    assert html.escape(said.replace(" roc_auc ", " AUROC ")) in (tmp_path / "run/report.html").read_text()
+    again = command(*words, "--target", "label", "--run", tmp_path / "run")
+    assert "already holds an ablation" in again.err

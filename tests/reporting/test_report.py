@@ -1,8 +1,10 @@
+import base64
 import json
 import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import polars as pl
 import pytest
 
 from featurecache.predictions import Predictions
-from featurecache.reporting.report import render, write_report
+from featurecache.reporting.report import render, write_evaluation_report, write_report
 from featurecache.reporting.wording import interval, metric_name, number, percent, sentence
 
 NASTY = "<script>alert('x')</script>"
@@ -197,8 +199,8 @@ def test_numbers(value, text):
 
 
 def test_words():
-    assert percent(0.125) == "12.5 %"
-    assert percent(1.0) == "100 %"
+    assert percent(0.125) == "12.5\N{NO-BREAK SPACE}%"
+    assert percent(1.0) == "100\N{NO-BREAK SPACE}%"
     assert interval([0.1, 0.25]) == "0.100\N{EN DASH}0.250"
     assert interval([-0.1, 0.25]) == "-0.100 to 0.250"
     assert interval(None) == interval([None, 1.0]) == ""
@@ -206,3 +208,126 @@ def test_words():
     assert metric_name("some_new_one") == "some new one"
     record = {"kind": "joint", "task": "regression", "targets": ["age", "dose"], "views": ["a"]}
     assert sentence(record, {}, "test") == "Jointly fine-tuned network: regression of 2 targets from one view (a)."
+
+
+def add_evidence(path: Path) -> None:
+    """What later commands and a fit leave in a run, every text of it nasty."""
+    picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    (path / "pictures").mkdir()
+    (path / "pictures/a.png").write_bytes(base64.b64decode(picture))
+    pictures = [{"view": NASTY, "file": "pictures/a.png", "text": ""}, {"view": "note", "file": "", "text": NASTY}]
+    wrong = {"sample_id": NASTY, "group": "g", "views": "a+b", "target": "no", "prediction": NASTY, "probability": 0.9}
+    both = {
+        **wrong, "right": False, "view": "front", "pictures": pictures,
+        "single": {"front": {"prediction": "no", "probability": 0.3}, NASTY: {"prediction": NASTY, "probability": 0.9}},
+    }  # fmt: skip
+    mistakes = {"schema": 1, "split": "test", "notes": [NASTY], "mistakes": [{**wrong, "pictures": pictures}]}
+    (path / "mistakes.json").write_text(json.dumps({**mistakes, "one_view_right": [both]}))
+    arm = {"head": NASTY, "arm": f"alone:{NASTY}", "test": 0.7, "test_low": 0.6, "test_high": 0.8, "valid": 0.7}
+    arms = [{**arm, "difference": None, "low": None, "high": None, "words": "the reference"},
+            {**arm, "arm": "fused", "difference": 0.01, "low": -0.1, "high": 0.1, "words": "no gain"}]  # fmt: skip
+    ablation = {"metric": "roc_auc", "samples": 9, "groups": 5, "divisions": 2, "arms": arms}
+    (path / "ablation").mkdir()
+    (path / "ablation/ablation.json").write_text(json.dumps({**ablation, "conclusions": [f"no gain shown {NASTY}"]}))
+    taps = [{"view": NASTY, "tap": "t@none", "share": 0.75}, {"view": "side", "tap": "t@none", "share": 0.25}]
+    shares = {NASTY: 0.75, "side": 0.25}
+    (path / "importance.json").write_text(json.dumps({"kind": "gain", "views": shares, "taps": taps, "features": []}))
+    (path / "explain").mkdir()
+    shutil.copy(path / "pictures/a.png", path / "explain/h.png")
+    maps = [{"sample_id": NASTY, "file": "h.png", "alt": NASTY}, {"sample_id": "out", "file": "../pictures/a.txt"}]
+    (path / "explain/explain.json").write_text(json.dumps({"schema": 1, "method": NASTY, "samples": maps}))
+    part = {"n": 20, "n_groups": 9, "events": 4, "roc_auc": 0.7, "intervals": {"roc_auc": [0.5, 0.9]}}
+    by = {"column": NASTY, "subgroups": {NASTY: {**part, "small": "9 groups"}, "south": {**part, "small": ""}}}
+    (path / "evaluations/own").mkdir(parents=True)
+    (path / "evaluations/own/metrics.json").write_text(json.dumps({"test": part, "by": by}))
+    (path / "evaluations/own/evaluation.json").write_text(json.dumps({"manifest": None, "n": 20, "by": NASTY}))
+    trials = {"division": ["final"] * 3, "trial": [0, 1, 2], "state": ["complete", "pruned", "complete"],
+              "valid_roc_auc": [0.6, None, 0.8], "seconds": [1.0, 1.0, 1.0], "C": [NASTY, "b", "c"]}  # fmt: skip
+    pl.DataFrame(trials).write_csv(path / "trials.csv")
+    (path / "about.toml").write_text(f'intended_use = "{NASTY}"\n')
+
+
+FLOW = {
+    "samples": 130, "groups": 44, "incomplete": 3, "left_out": [{"why": NASTY, "samples": 10, "groups": 4}],
+    "used": {"train": {"samples": 60, "groups": 20}, "test": {"samples": 30, "groups": 10}},
+}  # fmt: skip
+RICH = {
+    "flow": FLOW, "missing": "zero", "tuning": {"trials": 3, "metric": "roc_auc", "nested": False},
+    "leak_check": {"level": NASTY, "images": 200, "shared": 2, "torn_groups": 0, "torn_images": 0, "without_hash": 1},
+    "split": {"split": "auto", "group": NASTY, "seed": 7, "valid": 0.15, "test": 0.15}, "seconds_fit": 1.5,
+    "calibration": {"method": "temperature", "parameters": [1.25]},
+    "head": {"name": "fc", "settings": {"class_weights": [1.0, 2.0], "lr": 0.001}},
+}  # fmt: skip
+
+
+def test_everything_that_a_run_gathers_is_shown_and_escaped(tmp_path):
+    record = {**directory(tmp_path / "r", predictions("binary")), **RICH}
+    add_evidence(tmp_path / "r")
+    text = render(tmp_path / "r", record)
+    page = Page(text)
+    words = " ".join(" ".join(page.text).split())
+    assert "<script" not in text
+    for part in (
+        "130 samples in 44 groups in the manifest", "\N{MINUS SIGN} 10 in 4 groups", "2 of them belong to several",
+        "No leak found", "Samples that lack a view are kept; zeros stand for it", "no gain shown",
+        "s gain. It says", "small: 9 groups", "3 trials ranked by AUROC", "1 of them ended early",
+        "temperature scaling, temperature 1.250", "class_weights [1, 2]", "Most confident mistakes", "front alone",
+        "Where one view alone was right", "Heat maps", "not stated", "positive class", "seed 7",
+    ):  # fmt: skip
+        assert part in words, part
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    headings = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    links = [(attributes["href"] or "")[1:] for tag, attributes in page.tags if tag == "a"]
+    assert links == ["content", *headings], "every section can be reached from the top"
+    bare = render(tmp_path / "r", record, images=False)
+    assert "<img" not in bare
+    assert "Pictures are not shown." in bare
+
+
+def test_a_file_outside_the_run_is_never_shown(tmp_path):
+    record = directory(tmp_path / "r", predictions("binary"))
+    add_evidence(tmp_path / "r")
+    (tmp_path / "secret.png").write_bytes((tmp_path / "r/pictures/a.png").read_bytes())
+    found = json.loads((tmp_path / "r/mistakes.json").read_text())
+    found["mistakes"][0]["pictures"][0]["file"] = "../secret.png"
+    (tmp_path / "r/mistakes.json").write_text(json.dumps(found))
+    assert render(tmp_path / "r", record).count("<img") == 2
+
+
+def test_torn_samples_are_a_flag(tmp_path):
+    record = {**directory(tmp_path / "r", predictions("binary")), **RICH}
+    record["leak_check"] = {**RICH["leak_check"], "torn_images": 2}
+    assert '<p class="flag">Leak: 0 groups and 2 images are on more than one side.' in render(tmp_path / "r", record)
+
+
+def test_folds_show_their_own_thresholds(tmp_path):
+    made = predictions("binary")
+    folds = np.arange(len(made.true)) % 3
+    made = replace(made, splits=np.full(len(made.true), "test"), folds=folds)
+    record = directory(tmp_path / "r", made, splits=("test",), history=False)
+    record |= {"cv": {"folds": 3, "skipped": {}}, "split": RICH["split"]}
+    record["threshold"] = {"value": 0.5, "folds": [0.0, 1.1, 0.5], "rule": "youden", "chosen_on": "valid"}
+    text = render(tmp_path / "r", record)
+    assert "own thresholds: 0.000, 1.100, 0.500." in " ".join(text.split())
+    said = np.where(folds == 0, 1, np.where(folds == 1, 0, made.scores[:, 1] >= 0.5))
+    right = int(((said == 1) & (made.true == 1)).sum())
+    assert re.search(rf'class="right" style="--v:[\d.]+">{right}<', text)
+
+
+def test_the_page_of_an_evaluation(tmp_path):
+    record = {**directory(tmp_path / "r", predictions("binary")), **RICH}
+    made = predictions("binary")
+    directory(tmp_path / "e", replace(made, splits=np.full(len(made.true), "test")), splits=("test",), history=False)
+    about = {"manifest": "new.csv", "n": 120, "by": None, "notes": ["9 of them were seen before"], "failed": []}
+    about["threshold"] = {"value": 0.125, "rule": "sensitivity=0.9", "chosen_on": "valid"}
+    (tmp_path / "e/evaluation.json").write_text(json.dumps(about))
+    path = write_evaluation_report(tmp_path / "e", tmp_path / "r", record, name="r: new")
+    text = path.read_text(encoding="utf-8")
+    words = " ".join(" ".join(Page(text).text).split())
+    for part in ("on 30 evaluated samples", "9 of them were seen before.", "new.csv", "the highest that reaches a "
+                 "sensitivity of 0.9", "evaluation of a head run"):  # fmt: skip
+        assert part in words, part
+    assert "No leak found" not in words, "that is of the run's own samples"

@@ -60,7 +60,7 @@ def test_records_are_kept_by_path(filled):
 
     def table(paths):
         found = store.payload_table(pl.Series(paths, dtype=pl.String))
-        return {row[0]: StatRecord._make(row) for row in found.iter_rows()}
+        return {row[0]: StatRecord(*row[:-1], bytes(row[-1])) for row in found.iter_rows()}
 
     del expected[names[-1]]  # of a path that no manifest can name
     assert table([*names[:-1], names[0], None, "/img/other.png"]) == expected  # many
@@ -90,5 +90,5 @@ def test_large_inode_numbers(tmp_path, monkeypatch):
     status = SimpleNamespace(st_ino=2**64 - 5, st_size=9, st_mtime_ns=3, st_ctime_ns=3, st_dev=1)
     record = StatRecord.of("/a", status, status.st_ctime_ns + 5 * SECOND, b"\1" * 32)
     assert record.inode == -5
-    monkeypatch.setattr("featurecache.store.records.os.stat", lambda path: status)
+    monkeypatch.setattr("featurecache.scout.os.stat", lambda path: status)
     assert same(record, record._replace(inode=-6)) == [True, False]

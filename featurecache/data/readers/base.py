@@ -44,14 +44,16 @@ class Reader(Protocol):
     """What every reader is: frozen, picklable, without state.
 
     Attributes:
-        name: as the command line and recipes spell it.
         version: raised whenever the same payload would give other pixels; part of every recipe.
         kind: kind of payload, `file` or `text`.
     """
 
-    name: ClassVar[str]
     version: ClassVar[int]
     kind: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """As the command line and recipes spell it."""
 
     def parameters(self) -> dict[str, Any]:
         """All that changes the pixels, beside name and version; JSON values, part of the recipe.

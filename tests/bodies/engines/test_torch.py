@@ -188,23 +188,23 @@ class Clock:
 
 def test_the_fastest_batch_size_wins(monkeypatch):
     clock = Clock(lambda n: 0.001 if n == 32 else 0.002 if n > 32 else 0.004, monkeypatch)
-    assert choose_batch_size(clock, (64, 48), 1) == 8  # 16 is no faster than 8
-    clock = Clock({8: 0.004, 16: 0.003, 32: 0.001, 64: 0.002}.get, monkeypatch)
+    assert choose_batch_size(clock, (64, 48), 1) == 4  # 8 is no faster than 4
+    clock = Clock({4: 0.005, 8: 0.004, 16: 0.003, 32: 0.001, 64: 0.002}.get, monkeypatch)
     assert choose_batch_size(clock, (64, 48), 1) == 32
-    assert clock.seen[0] == (8, 1, 64, 48)
+    assert clock.seen[0] == (4, 1, 64, 48)
 
 
 def test_the_trial_is_short(monkeypatch):
     clock = Clock(lambda n: 0.15, monkeypatch)
-    assert choose_batch_size(clock, (64, 64), 3) == 8
+    assert choose_batch_size(clock, (64, 64), 3) == 4
     assert clock.now < 3
-    clock = Clock({8: 0.04, 16: 0.03}.get, monkeypatch, fails_from=32)
+    clock = Clock({4: 0.05, 8: 0.04, 16: 0.03}.get, monkeypatch, fails_from=32)
     assert choose_batch_size(clock, (64, 64), 3) == 16
 
 
 def test_a_real_trial():
     engine = make_engine(tapped_of(body_of("plugin_bodies:maps")), SMALL, precision="fp32")
-    assert choose_batch_size(engine, (64, 64), 3, seconds=0.5) in (8, 16, 32, 64)
+    assert choose_batch_size(engine, (64, 64), 3, seconds=0.5) in (4, 8, 16, 32, 64)
 
 
 @pytest.mark.gpu

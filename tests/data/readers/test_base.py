@@ -12,7 +12,7 @@ from featurecache.errors import InputError, ReadError
 
 
 def test_readers_are_made_by_name_and_are_picklable():
-    assert reader_names() == ["array", "image"]
+    assert reader_names() == ["array", "dicom", "image", "mask", "text"]
     reader = get_reader("image", channels=1, exif=False)
     assert reader.parameters() == {
         "channels": 1,
@@ -21,10 +21,14 @@ def test_readers_are_made_by_name_and_are_picklable():
     }
     assert isinstance(reader, Reader)
     assert pickle.loads(pickle.dumps(reader)) == reader
-    with pytest.raises(InputError, match=r"unknown reader 'imgae'\. Did you mean 'image'\? Known: array, image\."):
+    with pytest.raises(
+        InputError, match=r"unknown reader 'imgae'\. Did you mean 'image'\? Known: array, dicom, image, mask, text, and"
+    ):
         get_reader("imgae")
     with pytest.raises(InputError, match=r"reader 'image': unknown parameter 'channel'\. Did you mean 'channels'\?"):
         get_reader("image", channel=3)
+    with pytest.raises(InputError, match="unknown parameter 'version'"):
+        get_reader("image", version=3)
     with pytest.raises(InputError, match="channels=2, but images have 1"):
         get_reader("image", channels=2)
     with pytest.raises(InputError, match="three numbers from 0 to 255"):

@@ -1,0 +1,97 @@
+"""From the manifest to the split: how many samples and groups are left at each step, and whether any leak across."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurecache.data.splits import SPLITS, Content
+
+UNREADABLE, NO_LABEL, NO_VIEW, NO_SPLIT = "unreadable image", "no known label", "missing view", "in no split"
+
+
+def sample_flow(
+    sample_ids: Sequence[str],
+    groups: NDArray[Any],
+    *,
+    kept: Collection[str],
+    unreadable: Collection[str],
+    known: Collection[str],
+    split: dict[str, str],
+) -> dict[str, Any]:
+    """What became of every sample of a manifest; each is counted once, where it left.
+
+    Args:
+        sample_ids: of all samples of the manifest.
+        groups: (n,) what a split keeps together.
+        kept: ids of those that have the views that are needed.
+        unreadable: ids of those that have an image that can't be read.
+        known: ids of those with a known target.
+        split: id -> train, valid or test.
+
+    Returns:
+        `samples`, `groups` of the manifest; `left_out`, a list of `why`, `samples`, `groups`; `used`: split -> the
+        same; `incomplete`: samples that are used though an image of theirs could not be read.
+    """
+    kept, unreadable, known = set(kept), set(unreadable), set(known)
+    fate = []
+    for name in sample_ids:
+        if name not in kept:
+            fate.append(UNREADABLE if name in unreadable else NO_VIEW)
+        elif name not in known:
+            fate.append(NO_LABEL)
+        else:
+            fate.append(split.get(name) or NO_SPLIT)
+    ends = np.array(fate, dtype=object)
+
+    def count(where: NDArray[np.bool_]) -> dict[str, int]:
+        return {"samples": int(where.sum()), "groups": len(np.unique(groups[where]))}
+
+    return {
+        **count(np.ones(len(ends), bool)),
+        "left_out": [
+            {"why": why, **count(ends == why)}
+            for why in (UNREADABLE, NO_LABEL, NO_VIEW, NO_SPLIT)
+            if (ends == why).any()
+        ],
+        "used": {side: count(ends == side) for side in SPLITS if (ends == side).any()},
+        "incomplete": len(unreadable & kept),
+    }
+
+
+def leak_check(sides: NDArray[Any], groups: NDArray[Any], content: Content, *, level: str | None) -> dict[str, Any]:
+    """Whether any group, or any image (told by its key, a hash of its content), is on two sides.
+
+    Args:
+        sides: (n,) the side of each sample, '' where it is not used: train, valid, test, or the number of a fold.
+        groups: (n,) what was to be kept together.
+        content: per sample the keys of its images.
+        level: the column that says what is kept together; None where each sample stands alone.
+
+    Returns:
+        `level`; `images`, distinct ones that were compared; `shared`, those of several samples, which must lie on one
+        side; `torn_groups` and `torn_images`, which should be 0; `without_hash`, used samples with no image known.
+    """
+    images: dict[str, set[str]] = {}
+    owners: dict[str, int] = {}
+    of_group: dict[str, set[str]] = {}
+    unknown = 0
+    for side, group, keys in zip(sides.tolist(), groups.tolist(), content, strict=True):
+        if side == "":
+            continue
+        of_group.setdefault(str(group), set()).add(str(side))
+        unknown += not keys
+        for key in set(keys or ()):
+            images.setdefault(key, set()).add(str(side))
+            owners[key] = owners.get(key, 0) + 1
+    return {
+        "level": level,
+        "images": len(images),
+        "shared": sum(count > 1 for count in owners.values()),
+        "torn_groups": sum(len(held) > 1 for held in of_group.values()),
+        "torn_images": sum(len(held) > 1 for held in images.values()),
+        "without_hash": unknown,
+    }

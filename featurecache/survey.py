@@ -1,0 +1,83 @@
+"""What can be found out before any body is loaded, found out while torch is being imported: the manifest, its files."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import closing
+from threading import Event, Thread
+from types import TracebackType
+from typing import Self
+
+import polars as pl
+
+from featurecache import scouts
+from featurecache.config import ExtractConfig
+from featurecache.data.manifest import Manifest, read_manifest
+from featurecache.store.format import StorePaths
+from featurecache.store.records import unchanged_files
+from featurecache.store.store import FeatureStore
+
+
+class Survey:
+    """Reads the manifest in a thread, and then compares its files with what the store remembers of them.
+
+    A context manager: at its end, nothing reads the store any more.
+    """
+
+    def __init__(self, config: ExtractConfig) -> None:
+        """Begin."""
+        self._manifest: Future[Manifest] = Future()
+        self._unchanged: Future[pl.DataFrame | None] = Future()
+        self._store_is_free = Event()
+        Thread(target=self._work, args=(config,), name="survey", daemon=True).start()
+
+    def manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            InputError: it is not valid.
+        """
+        return self._manifest.result()
+
+    def wait_for_store(self) -> None:
+        """Wait until the store isn't read any more, so that it can be opened for writing."""
+        self._store_is_free.wait()
+
+    def unchanged(self) -> pl.DataFrame | None:
+        """Records of the files whose stat is what it was, see `unchanged_files`; None where nobody looked."""
+        return self._unchanged.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wait_for_store()
+
+    def _work(self, config: ExtractConfig) -> None:
+        unchanged = None
+        try:
+            manifest = read_manifest(config)
+            self._manifest.set_result(manifest)
+            unchanged = self._compare(config, manifest)
+        except BaseException as error:
+            # Of the manifest it is told to whoever asks for it; a damaged store is found out again by whom it concerns.
+            if not self._manifest.done():
+                self._manifest.set_exception(error)
+        finally:
+            self._store_is_free.set()
+            self._unchanged.set_result(unchanged)
+
+    def _compare(self, config: ExtractConfig, manifest: Manifest) -> pl.DataFrame | None:
+        paths = manifest.cells["location"].drop_nulls().unique()
+        if config.check != "stat" or len(paths) < scouts.WORTH_IT or not StorePaths(config.store).index.is_file():
+            return None
+        with closing(scouts.ask("look", paths, max(1, scouts.cores() - 1))) as answers:
+            with FeatureStore(config.store) as store:
+                records = store.payload_table(paths)
+            self._store_is_free.set()
+            places = paths.alias("path").to_frame().with_row_index("place")
+            records = records.join(places, on="path", how="left", maintain_order="left")
+            now = scouts.gather(paths, answers)[records["place"].to_numpy()]
+        return unchanged_files(records, now).select("path", "sha256")

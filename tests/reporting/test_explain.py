@@ -1,0 +1,247 @@
+import csv
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from plugin_joint import SIDE
+from stage_two import TRUST, TWO, command, quick
+
+import featurecache as fc
+from featurecache.errors import InputError
+from featurecache.newsamples import NewSamples, manifest_config
+from featurecache.reporting import attribution
+from featurecache.reporting.attribution import METHODS, Network, heat_maps
+from featurecache.reporting.explain import choose_samples, explain, load_network, show_features
+from featurecache.reporting.heatdrawing import colours, draw_sample, overlay
+from featurecache.run import load_run
+
+pytest.importorskip("captum", reason="no captum: pip install 'featurecache[explain]'")
+PATCH = 8
+HEADS = {
+    "logistic": {},
+    "fc": {"epochs": 25, "hidden": [16], "lr": 0.02, "dropout": 0.0},
+    "xgboost": {"n_estimators": 20, "max_depth": 2, "nthread": 1},
+}
+
+
+def corner(i):
+    """Where the patch of sample i is: anywhere."""
+    rng = np.random.default_rng([i, 5])
+    return [int(v) for v in rng.integers(2, SIDE - PATCH - 2, size=2)]
+
+
+def write_patches(folder, n=48):
+    """Noise in both views; in view `a` of every other sample a bright square, which alone decides the class."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(n):
+        row = {"sample_id": f"s{i:02d}", "label": ("none", "patch")[i % 2]}
+        for view in TWO:
+            image = np.random.default_rng([i, ord(view)]).normal(80, 12, size=(SIDE, SIDE, 3))
+            if view == "a" and i % 2:
+                y, x = corner(i)
+                image[y : y + PATCH, x : x + PATCH] += 150
+            row[view] = f"images/{i}-{view}.png"
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / row[view])
+        rows.append(row)
+    path = folder / "patches.csv"
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patches")
+    with quick():
+        data = write_patches(folder / "data")
+        fc.extract(data, store=folder / "cache", views=TWO, body="plugin_joint:tiny", engine="torch", precision="fp32")
+        for head, settings in HEADS.items():
+            dataset = fc.FeatureDataset(folder / "cache", dataset="patches", target="label")
+            fc.fit_head(dataset, head=head, settings=settings, out=folder / head, bootstrap=0)
+            dataset.store.close()
+    return folder
+
+
+def new(home):
+    return NewSamples(sources=(str(home / "data/patches.csv"),), **TRUST)
+
+
+def inside(entry, slack):
+    """Whether the hottest pixel lies in the planted patch, or so near."""
+    y, x = corner(int(entry["sample_id"][1:]))
+    spot = entry["hottest"]
+    return y - slack <= spot["y"] < y + PATCH + slack and x - slack <= spot["x"] < x + PATCH + slack
+
+
+@pytest.mark.parametrize(
+    ("head", "method"),
+    [
+        ("logistic", "gradcam"),
+        pytest.param("xgboost", "occlusion", marks=pytest.mark.slow),
+        pytest.param("logistic", "occlusion", marks=pytest.mark.slow),
+        pytest.param("logistic", "gradient-shap", marks=pytest.mark.slow),
+        pytest.param("fc", "gradcam", marks=pytest.mark.slow),
+        pytest.param("fc", "guided-backprop", marks=pytest.mark.slow),
+    ],
+)
+def test_the_map_is_hottest_where_the_deciding_patch_is(home, tmp_path, head, method):
+    run = load_run(home / head)
+    assert run.metrics["train"]["accuracy"] > 0.9, "the head must have learned it"
+    ids = ",".join(f"s{i:02d}" for i in range(1, 17, 2))
+    made = explain(run, new(home), method=method, samples=ids, output="patch", out=tmp_path / "heat")
+    assert [entry["hottest"]["view"] for entry in made.samples].count("a") >= 7
+    assert sum(inside(entry, slack=4) for entry in made.samples) >= 7
+    listing = json.loads((tmp_path / "heat/explain.json").read_text(encoding="utf-8"))
+    assert listing["method"] == method
+    assert listing["samples"] == made.samples
+    first = made.samples[0]
+    assert (first["sample_id"], first["target"], first["class"]) == ("s01", "patch", "patch")
+    assert "s01, labelled patch: a, b with" in first["alt"]
+    with Image.open(tmp_path / "heat" / first["file"]) as picture:
+        assert picture.width > 2 * 256
+
+
+def network_of(home, head, tmp_path):
+    run = load_run(home / head)
+    config = manifest_config(run, new(home), tmp_path)
+    fitted, setups, _ = load_network(run, config, new(home), tmp_path)
+    return Network.of(setups, fitted), fitted
+
+
+@pytest.mark.slow
+def test_a_joint_run_is_explained_through_the_network(home, tmp_path):
+    with quick():
+        joint = fc.finetune_joint(
+            home / "data/patches.csv", views=TWO, body="plugin_joint:tiny", precision="fp32", target="label",
+            out=home / "joint", epochs=6, freeze_epochs=1, lr=0.02, body_lr=0.002, augment=(), view_dropout=0.0,
+            settings={"hidden": [8], "dropout": 0.0}, bootstrap=0, workers=1,
+        )  # fmt: skip
+    assert joint.metrics["train"]["accuracy"] > 0.9
+    ids = ",".join(f"s{i:02d}" for i in range(1, 17, 2))
+    made = explain(load_run(joint.path), new(home), method="gradcam", samples=ids, output="patch", out=tmp_path / "h")
+    assert sum(inside(entry, slack=4) for entry in made.samples) >= 7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_weights_give_another_map(home, tmp_path, method):
+    network, _ = network_of(home, "fc", tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    images = {view: torch.randn(3, SIDE, SIDE, generator=generator) for view in TWO}
+    images["a"][:, 6:14, 18:26] += 3
+    before = heat_maps(network, images, 1, method)
+    again = heat_maps(network, images, 1, method)
+    assert np.array_equal(before["a"], again["a"])
+    for module in network.bodies["a"].modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=0.3, generator=generator)
+    after = heat_maps(network, images, 1, method)
+    assert before["a"].max() > 0
+    alike = np.corrcoef(before["a"].ravel(), after["a"].ravel())[0, 1] if after["a"].std() else 0
+    assert alike < 0.9, "a map that does not depend on the weights explains nothing"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_network_is_the_head_on_its_features(home, tmp_path, head):
+    network, fitted = network_of(home, head, tmp_path)
+    images = {"a": torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))}  # b is missing
+    features = network.features(images)
+    assert features[:, network.columns("b")].isnan().all()
+    with torch.no_grad():
+        outputs = attribution.ViewPart(network, "a", features)(images["a"][None])
+    scores = fitted.scores(features.numpy())
+    if head == "xgboost":
+        expected = np.log(scores) - np.log1p(-scores)
+        np.testing.assert_allclose(outputs.numpy(), expected, atol=1e-4)
+    else:
+        both = outputs.double()
+        assert both[0].argmax() == scores[0].argmax()
+        odds = float(both[0, 1] - both[0, 0])
+        odds = odds / 2 if head == "logistic" else odds  # binary: the second is the first with the other sign
+        assert 1 / (1 + np.exp(-odds)) == pytest.approx(scores[0, 1], abs=1e-5)
+
+
+def test_what_can_not_be_explained_is_refused(home, tmp_path):
+    run = load_run(home / "xgboost")
+    with pytest.raises(InputError, match=r"this head has no gradient\. Use --method occlusion"):
+        explain(run, new(home), method="gradcam", out=tmp_path / "heat")
+    with pytest.raises(InputError, match=r"no such class\. Did you mean 'patch'"):
+        explain(run, new(home), method="occlusion", output="pach", out=tmp_path / "heat")
+    with pytest.raises(InputError, match="has no sample 's999'"):
+        explain(run, new(home), method="occlusion", samples="s999", out=tmp_path / "heat")
+    with pytest.raises(InputError, match="no such module"):
+        explain(load_run(home / "fc"), new(home), layer="featurs.3", samples="s01", out=tmp_path / "heat")
+    assert not (tmp_path / "heat").exists()
+
+
+def test_other_files_are_not_replaced(home, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("all of it", encoding="utf-8")
+    with pytest.raises(InputError, match="holds something else than heat maps"):
+        explain(load_run(home / "logistic"), new(home), samples="1", out=folder)
+    assert (folder / "thesis.txt").exists()
+
+
+def test_an_image_that_can_not_be_read_is_listed(home, tmp_path):
+    table = pl.read_csv(home / "data/patches.csv").head(3)
+    (tmp_path / "images").symlink_to(home / "data/images")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    table = table.with_columns(pl.when(pl.col("sample_id") == "s01").then(pl.lit("bad.png")).otherwise("a").alias("a"))
+    table.write_csv(tmp_path / "new.csv")
+    samples = NewSamples(sources=(str(tmp_path / "new.csv"),), manifest={"allow_outside": True}, **TRUST)
+    made = explain(load_run(home / "logistic"), samples, samples="s00,s01,s02", out=tmp_path / "heat")
+    assert [entry["sample_id"] for entry in made.samples] == ["s00", "s02"]
+    assert [(row["sample_id"], row["view"], row["path"]) for row in made.failures] == [("s01", "a", "bad.png")]
+
+
+def test_samples_by_number_or_id():
+    manifest = type("M", (), {"table": pl.DataFrame({"sample_id": [f"{i}" for i in range(10)]}), "path": None})()
+    assert choose_samples(manifest, "7") == [7]  # an id comes first
+    manifest.table = pl.DataFrame({"sample_id": [f"s{i}" for i in range(10)]})
+    assert choose_samples(manifest, "4") == [0, 3, 6, 9]
+    assert choose_samples(manifest, "s3, s1,s3") == [3, 1]
+
+
+def test_command_writes_into_the_run_and_leaves_it_whole(home):
+    words = ["explain", home / "logistic", home / "data/patches.csv", "--samples", 2]
+    words += ["--trust-factory", "plugin_joint:tiny"]
+    done = command(*words, "--json")
+    assert done.status == 0, done.err
+    assert len(done.json["samples"]) == 2
+    assert (home / "logistic/explain/explain.json").is_file()
+    load_run(home / "logistic")
+    again = command(*words)
+    assert again.status == 0, again.err
+    assert "hottest in" in again.out
+    assert sorted(path.suffix for path in (home / "logistic/explain").iterdir()) == [".json", ".png", ".png"]
+
+
+def test_feature_maps(home, tmp_path):
+    image = home / "data/images/1-a.png"
+    found = show_features(image, tmp_path / "maps.png", body="plugin_joint:tiny", tap="features.3", most=5)
+    assert found["shape"] == [12, 8, 8]
+    assert len(found["shown"]) == 5
+    assert found["strength"] == sorted(found["strength"], reverse=True)
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert picture.format == "PNG"
+    with pytest.raises(InputError, match=r"gives \(12,\), which is no map"):
+        show_features(image, tmp_path / "none.png", body="plugin_joint:tiny", tap="flatten")
+
+
+def test_views_share_one_scale(tmp_path):
+    black = {view: np.zeros((1, 16, 16), np.uint8) for view in TWO}
+    heats = {"a": np.full((16, 16), 2.0), "b": np.full((16, 16), 0.1)}
+    draw_sample(tmp_path / "x.png", black, heats, title="t", subtitle="")
+    with Image.open(tmp_path / "x.png") as picture:
+        pixels = np.asarray(picture).astype(int)
+    tall = pixels.shape[0]
+    left, right = pixels[tall - 150, 100], pixels[tall - 150, 12 + 256 + 12 + 100]
+    assert left.sum() > 3 * right.sum()
+    assert colours(np.array(0.0)).tolist() == [0, 0, 4]
+    assert overlay(np.full((2, 2, 3), 100, np.uint8), np.zeros((2, 2))).shape == (2, 2, 3)
