@@ -149,6 +149,11 @@ def print_json(
     print(json.dumps({**head, **figures}, ensure_ascii=False, default=str))
 
 
+def counted(n: int, word: str) -> str:
+    """`1 file`, `1,200 files`."""
+    return f"{n:,} {word}" + ("" if n == 1 else "s")
+
+
 def human_bytes(count: float) -> str:
     """`12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

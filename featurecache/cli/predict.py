@@ -25,6 +25,7 @@ PREDICT_EPILOG = (
     "Example: featurecache predict runs/xgb new.csv --out preds.csv --store cache. Single files of a two-view run: "
     "featurecache predict runs/xgb frontal=a.png lateral=b.png --out preds.csv"
 )
+MOST_SHOWN = 20  # subgroups on the screen
 EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache --by site"
 
 
@@ -162,9 +163,11 @@ def show_subgroups(output: Output, by: str, subgroups: list[Subgroup]) -> None:
     if not subgroups:
         return
     output.figures["by"] = {"column": by, "subgroups": {part.value: part.to_json() for part in subgroups}}
-    for part in subgroups:
+    for part in subgroups[:MOST_SHOWN]:
         line = metric_line(f"{by}={part.value or '(empty)'}", part.to_json())
         output.text(f"{line}{f'  (small: {part.small})' if part.small else ''}")
+    if len(subgroups) > MOST_SHOWN:
+        output.text(f"{by}: {len(subgroups) - MOST_SHOWN:,} more values, on the page and in evaluation.json")
 
 
 def tell_notes(output: Output, notes: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from featurecache.cli import options as opt
-from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, human_bytes
+from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, counted, human_bytes
 
 STORE = Annotated[Path, typer.Argument(help="A store.")]
 INFO_EPILOG = "Example: featurecache info cache"
@@ -72,7 +72,8 @@ def verify(
             done.append(("repaired", repairs.repair(store)))
         for what, report in done:
             output.text(
-                f"{what:<9} {report.kept:,} rows kept, {report.dropped:,} dropped, {len(report.trashed):,} files"
+                f"{what:<9} {counted(report.kept, 'row')} kept, {report.dropped:,} dropped, "
+                f"{counted(len(report.trashed), 'file')} to the trash"
             )
             for note in report.notes:
                 output.text(f"note      {note}")
@@ -84,13 +85,16 @@ def verify(
             "files_rewritten": sum(len(report.rewritten) for _, report in done),
             **found.to_json(),
         }
-        output.text(f"checked   {found.recipes:,} recipes, {found.chunks:,} chunks, {found.rows:,} rows")
+        output.text(
+            f"checked   {counted(found.recipes, 'recipe')}, {counted(found.chunks, 'chunk')}, "
+            f"{counted(found.rows, 'row')}"
+        )
         output.text(f"          {human_bytes(found.bytes)} read")
         for problem in found.problems:
             output.text(f"wrong     {problem}")
         for note in found.notes:
             output.text(f"note      {note}")
-        output.text("sound" if found.ok else f"{len(found.problems):,} problems")
+        output.text("sound" if found.ok else counted(len(found.problems), "problem"))
         if not found.ok:
             output.status = FAILED
             broken = any(problem.kind in ("index", "unknown", "keys", "rows") for problem in found.problems)

@@ -51,11 +51,13 @@ def paired(start: Start) -> Start:
     values = np.tile(np.array([1, 0], dtype=np.int64), len(start.target.values))
     values[~np.repeat(start.target.known, PAIRS)] = -1
     fusion = "difference-product" if config.fusion == "concat" else config.fusion
+    reading = {**config.reader_settings.get(ANY_VIEW, {}), **config.reader_settings.get(setup.view, {})}
     as_pairs = config.model_copy(
         update={
             "views": {view: view for view in VIEWS}, "layout": "wide", "box": {}, "frame": {}, "flip_if": {},
-            "reader": {ANY_VIEW: setup.reader.name}, "target": (TARGET,), "task": "binary", "uncertain": {},
-            "fusion": fusion, "share_bodies": "all", "view_dropout": 0.0,
+            "reader": {ANY_VIEW: setup.reader.name}, "reader_settings": {ANY_VIEW: reading} if reading else {},
+            "target": (TARGET,), "task": "binary", "uncertain": {}, "fusion": fusion,
+            "share_bodies": "all", "view_dropout": 0.0,
         }
     )  # fmt: skip
     target = Target("binary", (TARGET,), CLASSES, values)

@@ -252,6 +252,8 @@ def _completed(config: JointConfig, run: Run, head: FCHead) -> JointConfig:
     for key in ("body", "trust_factory"):  # a name that only data holds is never imported
         values.setdefault(key, getattr(config, key))
     values["trust_factory"] = tuple(config.trust_factory)
+    if config.group is None:  # what the head's split kept together, the intervals must draw together
+        values["group"] = run.record.get("split", {}).get("group")
     merged = JointConfig.create({**config.model_dump(), **values}, source=str(run.path))
     typed = set(config.body.values()) if config.body != JointConfig.model_fields["body"].get_default() else set()
     check_bodies(run.path, run.views, merged.model_dump(), typed | set(config.reader.values()))

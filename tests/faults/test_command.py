@@ -39,7 +39,7 @@ def test_a_deleted_chunk(extracted, capsys):
     assert f"wrong     {chunk}: missing; samples s0008, s0009," in out
     assert err.endswith(f"Next: featurecache verify {store} --repair\n")
     status, out, err = main(*words, "--repair", capsys=capsys)
-    assert (status, out.splitlines()[0]) == (0, "repaired  12 rows kept, 8 dropped, 1 files")
+    assert (status, out.splitlines()[0]) == (0, "repaired  12 rows kept, 8 dropped, 1 file to the trash")
     assert states(store)["s0008"] == "done", "as bound"
     assert list(features(store)) == [sample for sample in before if sample not in lost]
     assert counts(run(manifest, store)) == (8, 12, 0)
@@ -70,7 +70,7 @@ def test_an_index_that_is_lost_old_or_damaged(extracted, capsys, state):
     assert f"featurecache verify {store} --rebuild-index" in err
     assert {path: path.read_bytes() for path in store.glob("features.zarr/*/*/c.*")} == chunks
     status, out, err = main("verify", store, "--rebuild-index", capsys=capsys)
-    assert (status, out.splitlines()[0]) == (0, "rebuilt   30 rows kept, 0 dropped, 0 files"), out + err
+    assert (status, out.splitlines()[0]) == (0, "rebuilt   30 rows kept, 0 dropped, 0 files to the trash"), out + err
     status, out, err = main(*arguments, *more, "--json", capsys=capsys)
     assert status == 0, err
     assert (json_of(out)["computed"], json_of(out)["reused"]) == (0, 30)

@@ -153,6 +153,14 @@ def test_starts_that_cannot_be_are_refused(folder, tmp_path):
         finetune_joint(config(folder, out=tmp_path / "run", settings={"hidden": [4]}))
 
 
+def test_what_the_head_kept_together_stays_together(folder, tmp_path):
+    data = FeatureDataset(folder / "store", dataset="samples", target="label", tap=["features.5", "penultimate"])
+    options = {"seed": 3, "bootstrap": 0, "device": "cpu", "group": "size"}
+    fit_head(data, head="fc", out=tmp_path / "grouped", settings={"hidden": [8], "epochs": 1}, **options)
+    assert prepare(config(folder, init=tmp_path / "grouped")).config.group == "size"
+    assert prepare(config(folder, init=tmp_path / "grouped", group="sample_id")).config.group == "sample_id"
+
+
 def test_samples_that_the_split_does_not_know_are_only_predicted(folder, tmp_path):
     lines = (folder / "samples.csv").read_text().splitlines()
     more = folder / "more.csv"
