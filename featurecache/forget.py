@@ -121,10 +121,8 @@ def _would_return(binding: Binding, ids: set[str]) -> list[str]:
     now = manifest_digest(binding)
     if now is None:
         return []
-    lists, them = (
-        "still lists" if now == binding.manifest_digest else "may still list",
-        "it" if len(ids) == 1 else "them",
-    )
+    lists = "still lists" if now == binding.manifest_digest else "may still list"
+    them = "it" if len(ids) == 1 else "them"
     return [
         f"{binding.manifest_path} {lists} {short_list(sorted(ids))}: take {them} out, else the next extract with it "
         f"brings {them} back to dataset {binding.name!r}"
