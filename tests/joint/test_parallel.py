@@ -92,7 +92,7 @@ def test_two_processes_train_to_the_weights_of_one_with_the_doubled_batch(tmp_pa
         for key, tensor in alone.items():
             torch.testing.assert_close(together[key], tensor, atol=1e-5, rtol=0)
     moved = load_file(two.path / "bodies" / "a.safetensors")["features.0.weight"] - tiny().features[0].weight
-    assert float(moved.detach().abs().max()) > 1e-3
+    assert float(moved.detach().abs().max()) > 3e-4  # thirty times what the two may differ by
     np.testing.assert_allclose(two.history["valid_loss"], one.history["valid_loss"], atol=1e-5)
     np.testing.assert_allclose(two.history["train_loss"], one.history["train_loss"], atol=1e-5)
     assert not list(tmp_path.glob("two.tmp"))
