@@ -14,7 +14,7 @@ MOST_LINES = 400
 # This is the layout of the design, with one departure: what draws a report stands directly below the run that it reads,
 # so that a run is published together with its report.
 ORDER = """
-errors typed config progress lean interrupts scout scouts
+errors named typed config progress lean interrupts scout scouts
 record cut predictions rundir run
 reporting.wording reporting.plots reporting.drawn reporting.material reporting.card
 reporting.origin reporting.measured reporting.evidence reporting.report reporting.overview

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from featurecache.data.shipped import shipped_path
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import DependencyError, InputError, did_you_mean
 from featurecache.lean import torchvision
+from featurecache.named import import_named
 
 T = TypeVar("T")
 
@@ -242,7 +242,7 @@ def build_factory(name: str, spec: Spec, seed: int | None) -> Built:
     """
     if spec.kind == "hub" and spec.name != "DEFAULT":
         raise InputError(f"{name}: no weights {spec.name!r}; a factory has DEFAULT (its own), none, or a file")
-    factory = import_factory(name)
+    factory = import_named("body", name)
     try:
         module = seeded(seed, factory)
     except Exception as error:
@@ -257,27 +257,6 @@ def build_factory(name: str, spec: Spec, seed: int | None) -> Built:
     built.categories = tuple(str(c) for c in categories) if isinstance(categories, list | tuple) else None
     _load_file(built, spec)
     return built
-
-
-def import_factory(name: str) -> Callable[[], Any]:
-    """The function that `package.module:factory` names; looked for in the current directory too."""
-    path, _, attribute = name.partition(":")
-    try:
-        try:
-            module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name != path.partition(".")[0] or os.getcwd() in sys.path:
-                raise
-            sys.path.insert(0, os.getcwd())  # a console script's path lacks it, unlike `python -m`
-            module = importlib.import_module(path)
-    except ImportError as error:
-        raise InputError(f"body {name!r}: {path!r} can't be imported: {error}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        near = did_you_mean(attribute, [n for n in dir(module) if not n.startswith("_")])
-        raise InputError(f"body {name!r}: module {path!r} has no function {attribute!r}.{near}")
-    found: Callable[[], Any] = factory
-    return found
 
 
 def _factory_preprocessing(name: str, module: nn.Module, family: str) -> Preprocessing:

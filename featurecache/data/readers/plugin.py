@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from featurecache.data.readers.base import Decoded, select
-from featurecache.errors import InputError, ReadError, RecipeMismatchError, did_you_mean
+from featurecache.errors import InputError, ReadError, RecipeMismatchError
+from featurecache.named import import_named
 
 PLUGIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 LIMITS = {"uint8": 255.0, "uint16": 65535.0}
@@ -56,7 +55,7 @@ class PluginReader:
         object.__setattr__(self, "source", found)
 
     def _function(self) -> Callable[[bytes, Mapping[str, Any]], Any]:
-        return import_function(self.name)
+        return import_named("reader", self.name)
 
     def parameters(self) -> dict[str, Any]:
         """Part of the recipe."""
@@ -88,31 +87,6 @@ class PluginReader:
         elif array.dtype.name not in LIMITS:
             raise ReadError(f"reader {self.name!r} gave {array.dtype}: accepted are uint8, uint16 and floats")
         return Decoded(select(array, selector), LIMITS.get(array.dtype.name, 1.0))
-
-
-def import_function(name: str) -> Callable[[bytes, Mapping[str, Any]], Any]:
-    """The function that `package.module:function` names; looked for in the current directory too.
-
-    Raises:
-        InputError: there is none.
-    """
-    path, _, attribute = name.partition(":")
-    try:
-        try:
-            module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name != path.partition(".")[0] or os.getcwd() in sys.path:
-                raise
-            sys.path.insert(0, os.getcwd())  # a console script's path lacks it, unlike `python -m`
-            module = importlib.import_module(path)
-    except ImportError as error:
-        raise InputError(f"reader {name!r}: {path!r} can't be imported: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        near = did_you_mean(attribute, [item for item in dir(module) if not item.startswith("_")])
-        raise InputError(f"reader {name!r}: module {path!r} has no function {attribute!r}.{near}")
-    found: Callable[[bytes, Mapping[str, Any]], Any] = function
-    return found
 
 
 def _digest(function: Callable[..., Any]) -> str:
