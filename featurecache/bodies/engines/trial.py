@@ -8,8 +8,8 @@ import torch
 
 from featurecache.bodies.engines.base import Engine
 
-# On CPUs whose second-level cache is small, small batches cost least: ResNet-50 in torch took 172 ms of processor time
-# an image at 4, 191 at 8, 239 at 16 and 268 at 32 (AVX2, 512 KiB a core).
+# On CPUs whose second-level cache is small, small batches cost least: ResNet-50 in torch took 176 ms of processor time
+# an image at 4, 193 at 8, 239 at 16 and 269 at 32 (AVX2, 512 KiB a core, medians of three on a busy machine).
 SIZES = (4, 8, 16, 32, 64)
 CUDA_SIZES = (16, 32, 64, 128, 256, 512)
 GAIN = 1.03  # a larger batch must be this much faster, since it costs memory
