@@ -59,7 +59,7 @@ class Stopwatch(Silent):
 
     wall = cpu = 0.0
 
-    def begin(self, task: str, total: int | None, unit: str = "images") -> None:
+    def begin(self, task: str, total: int | None, unit: str = "images", *, done: int = 0) -> None:
         """The engine stands, reading starts."""
         self.wall -= time.perf_counter()
         self.cpu -= time.process_time()

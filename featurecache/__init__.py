@@ -8,9 +8,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featurecache.api import evaluate, extract, finetune_joint, fit_head, load_run, predict
+    from featurecache.api import evaluate, extract, finetune_joint, fit_head, load_run, predict, tune
     from featurecache.dataset import FeatureDataset
     from featurecache.errors import FeatureCacheError
+    from featurecache.looking import ablate, compare, explain, explore, export, report
     from featurecache.run import Run
     from featurecache.store.store import FeatureStore
 
@@ -18,8 +19,15 @@ _PLACES = {
     "extract": "featurecache.api",
     "fit_head": "featurecache.api",
     "finetune_joint": "featurecache.api",
+    "tune": "featurecache.api",
     "predict": "featurecache.api",
     "evaluate": "featurecache.api",
+    "compare": "featurecache.looking",
+    "ablate": "featurecache.looking",
+    "report": "featurecache.looking",
+    "explain": "featurecache.looking",
+    "explore": "featurecache.looking",
+    "export": "featurecache.looking",
     "FeatureDataset": "featurecache.dataset",
     "FeatureCacheError": "featurecache.errors",
     "FeatureStore": "featurecache.store.store",
@@ -32,12 +40,19 @@ __all__ = [
     "FeatureDataset",
     "FeatureStore",
     "Run",
+    "ablate",
+    "compare",
     "evaluate",
+    "explain",
+    "explore",
+    "export",
     "extract",
     "finetune_joint",
     "fit_head",
     "load_run",
     "predict",
+    "report",
+    "tune",
 ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from featurecache.config import ExtractConfig, HeadConfig, JointConfig
+from featurecache.config import ExtractConfig, FitConfig, HeadConfig, JointConfig
 from featurecache.crossval import fit_dataset
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, did_you_mean
@@ -24,8 +24,9 @@ from featurecache.predict import predict as run_predict
 from featurecache.progress import Reporter
 from featurecache.run import Run
 from featurecache.run import load_run as open_run
+from featurecache.tune import tune as run_tune
 
-__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "load_run", "predict"]
+__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "load_run", "predict", "tune"]
 
 
 def extract(manifest: str | Path, *, store: str | Path, reporter: Reporter | None = None, **options: Any) -> Summary:
@@ -139,11 +140,50 @@ def evaluate(
         reporter: told of progress.
         options: as for `predict`.
     """
-    opened = run if isinstance(run, Run) else load_run(run)
+    opened = opened_run(run)
     if manifest is None:
         return evaluate_own(opened, by=by, table=table, id=options.get("id"), at=at, bootstrap=bootstrap)
     new = new_samples(manifest, options)
     return run_evaluate(opened, new, by=by, at=at, bootstrap=bootstrap, images=images, reporter=reporter)
+
+
+def tune(
+    store: str | Path,
+    *,
+    dataset: str,
+    target: str | Sequence[str],
+    head: str = "logistic",
+    trials: int = 50,
+    metric: str | None = None,
+    jobs: int = 1,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> HeadRun:
+    """Search a head's settings on validation samples, fit it with the best, and write a run with trials.csv in it.
+
+    Args:
+        store: path of the store.
+        dataset: its name there.
+        target: the column to predict, or several.
+        head: its `search_space` is searched, but for what `settings` fix.
+        trials: how many in all; those of an earlier, unfinished attempt count.
+        metric: by which they are ranked on validation; default AUROC, for several classes accuracy, for numbers R2.
+        jobs: trials at a time.
+        reporter: told of each trial.
+        options: fields of `featurecache.config.FitConfig`: `out`, `settings`, `views`, `split`, `cv`, ...
+
+    Raises:
+        InputError: Optuna is not installed, an option is not valid, or there is nothing to search.
+    """
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    values = {"store": store, "dataset": dataset, "target": targets, "head": head, **options}
+    config = FitConfig.create(values, source="tune")
+    return run_tune(config, trials=trials, metric=metric, jobs=jobs, reporter=reporter)[0]
+
+
+def opened_run(run: Run | str | Path) -> Run:
+    """A run as it is, or the one in a directory."""
+    return run if isinstance(run, Run) else load_run(run)
 
 
 def new_samples(sources: str | Path | Sequence[str | Path], options: dict[str, Any]) -> NewSamples:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from featurecache.config import ManifestConfig, for_view
+from featurecache.config import AUTO, ManifestConfig, for_view
+from featurecache.data.choice import folder_suffixes
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers.base import ReadFailure
 from featurecache.data.selectors import selector_columns
-from featurecache.data.tables import folder_suffixes, read_source
+from featurecache.data.tables import read_source
 from featurecache.errors import InputError
 from featurecache.keys import Cells, Keys, last_keys, present_cells, read_payload, unchanged
 from featurecache.store.binding import CELL_SCHEMA, Binding
@@ -35,7 +36,7 @@ def manifest_digest(binding: Binding) -> str | None:
     """The digest of a binding's manifest as it is on disk now; None where it is gone."""
     path = Path(binding.manifest_path)
     if path.is_dir():
-        reader = for_view(binding.config["manifest"]["reader"], "image", "image")
+        reader = for_view(binding.config["manifest"]["reader"], "image", AUTO)
         return read_source(path, suffixes=folder_suffixes(reader)).digest
     try:
         with open(path, "rb") as handle:

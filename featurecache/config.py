@@ -15,10 +15,11 @@ from featurecache.errors import InputError, MissingFileError, did_you_mean
 
 T = TypeVar("T")
 
-Task = Literal["auto", "binary", "multiclass", "multilabel", "regression"]
+Task = Literal["auto", "binary", "multiclass", "multilabel", "regression", "dense"]
 Engine = Literal["auto", "torch", "openvino"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 POOLS = ("auto", "none", "avg", "max", "avgmax", "gem", "rows", "flatten", "cls", "tokens-avg")
+AUTO = "auto"  # a reader that the files of a view decide on
 ANY_VIEW = "*"  # the key of PerView that stands for every view without an entry of its own
 
 
@@ -100,6 +101,10 @@ class Settings(BaseModel):
             raise InputError(f"{path}: not valid TOML: {error}") from None
         return cls.create(values, source=str(path))
 
+    def fields_of(self, *parts: type[Settings]) -> dict[str, Any]:
+        """The values of those fields that other configurations have too."""
+        return {name: getattr(self, name) for part in parts for name in part.model_fields}
+
     def to_toml(self) -> str:
         """TOML text that `from_toml` reads back to an equal object (None is left out: TOML has none)."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
@@ -155,7 +160,7 @@ class ManifestConfig(Settings):
     id: str | None = None
     root: Path | None = None
     allow_outside: bool = False
-    reader: PerView[str] = {ANY_VIEW: "image"}
+    reader: PerView[str] = {ANY_VIEW: AUTO}
     reader_settings: dict[str, dict[str, Any]] = {}  # by view, or `*`: {"name": {"alphabet": "abc"}}
     box: dict[str, tuple[str, ...]] = {}
     frame: dict[str, str] = {}
@@ -230,6 +235,7 @@ class TargetConfig(Settings):
     target: tuple[str, ...]
     task: Task = "auto"
     uncertain: dict[str, Literal["ignore", "zero", "one"]] = {}
+    masks: Literal["index", "inside", "alpha"] = "index"  # of a dense target: how a pixel says its class
 
 
 class HeadConfig(SplitConfig):
@@ -296,10 +302,12 @@ class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
     target: tuple[str, ...] = ()
     task: Task = "auto"
     uncertain: dict[str, Literal["ignore", "zero", "one"]] = {}
+    masks: Literal["index", "inside", "alpha"] = "index"
     out: Path | None = None
     overwrite: bool = False
     resume: bool = False
     init: Path | None = None
+    head: Literal["fc", "decoder"] = "fc"  # what the network ends in; with `init` that run's
     share_bodies: Annotated[Literal["all", "stem", "none"], BeforeValidator(_sharing)] = "none"
     stem: str | None = None  # the last module that views share
     fusion: str = "concat"
@@ -325,6 +333,7 @@ class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
     patience: int | None = None
     view_dropout: float | None = None  # 0.1; with `init` 0, since its head reads views as they are
     augment: PerView[tuple[str, ...]] = {ANY_VIEW: ("crop", "flip")}
+    augment_column: PerView[str] = {}  # says it sample by sample: names, none, or empty for the usual
     checkpoint_every: str = "10m"
     checkpoint_activations: bool = False
     compile: bool = False
@@ -332,3 +341,5 @@ class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
     settings: dict[str, Any] = {}
     missing: Literal["zero", "drop", "error"] = "zero"
     bootstrap: int = 1000
+    images: Annotated[int, Field(ge=0)] | Literal["none"] = 12
+    about: Path | None = None

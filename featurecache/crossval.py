@@ -24,10 +24,10 @@ from featurecache.fit import (
     fit_once,
     fit_rows,
     open_dataset,
-    single_views,
     torch_device,
+    views_alone,
 )
-from featurecache.fitrecord import NOTHING, Beside, finish_head, read_about, run_path, target_of
+from featurecache.fitrecord import NOTHING, Beside, finish_head, read_about, refuse_dense, run_path, target_of
 from featurecache.heads.base import Head, get_head
 from featurecache.progress import Reporter, Silent
 from featurecache.results import Folds, threshold_on, write_results
@@ -78,6 +78,7 @@ def cross_validate(
     """
     reporter = reporter or Silent()
     target = target_of(dataset)
+    refuse_dense(target, "--cv")
     decide_at = check_decision(target, config.at, config.calibrate)
     about = read_about(config.about)
     source = dataset.binding.manifest_path
@@ -169,7 +170,7 @@ def _out_of_fold(
         scores, calibration = calibrated(
             target.subset(both), head.score_rows(dataset.features, both), splits[both], calibrate
         )
-        alone = single_views(head, dataset, splits, calibration)
+        alone = views_alone(head, dataset, splits, calibration)
         if not fold:
             found.test = np.full((len(dataset), scores.shape[1]), np.nan)
             found.single = {view: np.full_like(found.test, np.nan) for view in alone}

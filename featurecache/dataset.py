@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from featurecache.binding import check_fresh, rebind, short_list
 from featurecache.config import ANY_VIEW, for_view
+from featurecache.data.dense import DENSE
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, did_you_mean
 from featurecache.export import to_frame, to_xarray
 from featurecache.features import Block
+from featurecache.masks import bound_masks, read_masks
 from featurecache.pairs import PairDataset
 from featurecache.reading import Memory, StoreFeatures, ViewRows
 from featurecache.stacked import Replicas, find_replicas
@@ -44,6 +46,8 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         recipe: digest or first digits of the recipe to read, for all views or per view; default the dataset's.
         task: what the target is, default told from its values.
         uncertain: what a label such as `-1` means: {"-1": "ignore" | "zero" | "one"}.
+        masks: with the task `dense`, where the target is a column of mask images: how a pixel says its class, by its
+            grey value (`index`), or inside and outside by colour (`inside`) or by opacity (`alpha`).
         missing: `zero` keeps samples that lack a view (their block is NaN, each head has its own way with it),
             `drop` leaves them out, `error` refuses.
         allow_partial: take what is there although extraction has not ended.
@@ -80,6 +84,7 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         recipe: Mapping[str, str] | str | None = None,
         task: str = "auto",
         uncertain: Mapping[str, str] | None = None,
+        masks: str = "index",
         missing: str = "zero",
         allow_partial: bool = False,
         manifest: str | Path | None = None,
@@ -123,7 +128,13 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         columns = (target,) if isinstance(target, str) else tuple(target or ())
         self.target_config = {"target": list(columns), "task": task, "uncertain": dict(uncertain or {})}
         self.memory = None if memory == "auto" else memory
-        if columns:
+        if columns and task == DENSE:
+            self.target_config["masks"] = masks
+            files = bound_masks(
+                self.binding, self.sample_ids.tolist(), columns, self.recipes, values=masks, uncertain=uncertain or {}
+            )
+            self.target = read_masks(files, source=self.binding.manifest_path)
+        elif columns:
             self.target = find_target(self.binding, self.table, columns, task, dict(uncertain or {}))
 
     @property

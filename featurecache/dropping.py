@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.errors import StoreError
+from featurecache.journal import withhold
 from featurecache.progress import Reporter, Silent
 from featurecache.store.appender import publish_generation
 from featurecache.store.binding import Binding, save_binding
@@ -147,6 +148,8 @@ def carry_out(plan: Removal, reporter: Reporter | None = None) -> Dropped:
         _drop_records(index, plan)
         step("records-dropped")
         drop_failure_rows(plan.path, set(plan.samples))
+        with storage_errors(f"{plan.path}: taking ids out of the journal failed"):
+            withhold(plan.path, plan.samples)
         step("failures-listed")
         for binding in plan.bindings:
             save_binding(index, binding, replace=True)

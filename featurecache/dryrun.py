@@ -14,7 +14,7 @@ import numpy as np
 
 from featurecache import scouts
 from featurecache.config import ExtractConfig
-from featurecache.data.manifest import Manifest, read_manifest
+from featurecache.data.manifest import Manifest, read_manifest, with_readers
 from featurecache.data.readers.base import ReadFailure
 from featurecache.jobs import (
     Job,
@@ -29,6 +29,7 @@ from featurecache.jobs import (
 from featurecache.keys import Cell, Payload, read_payload
 from featurecache.progress import Reporter, Silent
 from featurecache.recognise import read_keys
+from featurecache.space import bytes_to_write
 from featurecache.store.binding import Binding
 from featurecache.store.store import FeatureStore
 from featurecache.viewsetup import check_options
@@ -65,6 +66,7 @@ class Plan:
     duplicates: list[str]
     replicas: int = 0  # of each image
     replicas_to_compute: int = 0
+    bytes_to_write: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Flat figures, and the reasons per view."""
@@ -77,6 +79,7 @@ class Plan:
             "known_failures": sum(plan.failed for plan in self.views),
             "replicas": self.replicas,
             "replicas_to_compute": self.replicas_to_compute,
+            "bytes_to_write": self.bytes_to_write,
             "reasons": {plan.view: dict(plan.reasons) for plan in self.views},
             "engines": {plan.view: plan.engine for plan in self.views},
             "duplicates_across_splits": self.duplicates,
@@ -92,6 +95,8 @@ class Plan:
             lines += [f"            {count:,} {reason}" for reason, count in plan.reasons.most_common()]
         if self.replicas:
             lines.append(f"replicas  {self.replicas} of each image: to compute {self.replicas_to_compute:,}")
+        if self.bytes_to_write:
+            lines.append(f"write     about {self.bytes_to_write / 1e6:,.1f} MB of features, in whole chunks")
         if self.duplicates:
             lines.append(f"warning   {len(self.duplicates)} contents stand on two sides of the split:")
             lines += [f"            {text}" for text in self.duplicates[:10]]
@@ -107,6 +112,7 @@ def plan_extract(config: ExtractConfig, reporter: Reporter | None = None) -> Pla
     reporter = reporter or Silent()
     check_options(config)
     manifest = read_manifest(config)
+    config = with_readers(config, manifest)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
     if not (Path(config.store) / "index.sqlite").exists():
@@ -132,6 +138,7 @@ def assemble(
     views = manifest.cells["view"].to_list()
     plans = {view: ViewPlan(view, str(job.choice)) for job in jobs for view in job.views}
     keys: dict[int, bytes] = {}
+    size = drawn = 0
     for job in jobs:
         failing = hash_cells(job, reporter)
         before = remembered_failures(job, store) if store is not None else {}
@@ -151,9 +158,16 @@ def assemble(
                 plan.reasons[reasons[index]] += 1
             else:
                 plan.reused += 1
+        new = {keys[index] for index in reasons.keys() - failing.keys()}  # equal contents are one row
+        size += bytes_to_write(job, config, job.recipe, job.info, len(new))
+        if config.replicas:
+            more = replicas_to_compute(job, store, config)
+            recipe = replica_number(0, config, job).recipe(job.recipe)
+            held = [] if store is None else [info for info in store.find(recipe) if info.recipe == recipe]
+            size += bytes_to_write(job, config, recipe, held[0] if held else None, more)
+            drawn += more
     duplicates = duplicates_across_splits(manifest, keys)
-    drawn = sum(replicas_to_compute(job, store, config) for job in jobs)
-    return Plan(name, manifest.table.height, list(plans.values()), duplicates, config.replicas, drawn)
+    return Plan(name, manifest.table.height, list(plans.values()), duplicates, config.replicas, drawn, size)
 
 
 def replicas_to_compute(job: Job, store: FeatureStore | None, config: ExtractConfig) -> int:

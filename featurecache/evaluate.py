@@ -14,13 +14,20 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from featurecache.data.dense import DenseTarget
 from featurecache.data.manifest import read_manifest
+from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.splits import sample_groups
 from featurecache.data.tables import as_text, read_source
 from featurecache.data.targets import Target, read_target
+from featurecache.densefit import count_pixels, write_pictures
+from featurecache.densepredictions import DensePredictions
 from featurecache.errors import InputError, did_you_mean
 from featurecache.evaluation.subgroups import Subgroup, by_subgroup
 from featurecache.evaluation.threshold import At
+from featurecache.maskfiles import FOLDER as MASKS
+from featurecache.maskfiles import read_in_parts
+from featurecache.masks import MaskFiles, mask_cells, read_masks
 from featurecache.mistakes import write_mistakes
 from featurecache.newsamples import NewSamples, is_table, manifest_config
 from featurecache.predict import Scored, score_samples
@@ -97,15 +104,42 @@ def evaluate(
     table, target = read_labels(run, new)  # before anything is computed
     if by is not None:
         check_column(table, by, new.sources[0])
-    scored = score_samples(run, new, reporter)
+    with tempfile.TemporaryDirectory(prefix="featurecache-") as folder:
+        return _compared(
+            run, new, table, target, threshold, Path(folder), by=by, at=at, bootstrap=bootstrap, images=images,
+            reporter=reporter, seed=seed,
+        )  # fmt: skip
+
+
+def _compared(
+    run: Run,
+    new: NewSamples,
+    table: pl.DataFrame,
+    target: Target,
+    threshold: Mapping[str, Any],
+    folder: Path,
+    *,
+    by: str | None,
+    at: str | None,
+    bootstrap: int,
+    images: int | Literal["none"],
+    reporter: Reporter | None,
+    seed: int,
+) -> Evaluation:
+    """Scores of new samples beside their labels; predicted masks are kept in `folder` meanwhile."""
+    scored = score_samples(run, new, reporter, masks=folder / MASKS)
     row_of = {name: row for row, name in enumerate(table["sample_id"].to_list())}
     target = target.subset(np.array([row_of[name] for name in scored.sample_ids.tolist()], dtype=np.int64))
     if not target.known.any():
         raise InputError(f"{new.sources[0]}: no sample with a label has an image that can be read")
     group = (run.record.get("split") or {}).get("group")
+    truth, scores = target, scored.scores
+    if isinstance(target, DenseTarget):
+        truth, scores = count_pixels(read_in_parts(folder, scored.files, run.classes), target)
     predictions = make_predictions(
-        target,
-        scored.scores,
+        truth,
+        scores,
+        masks=scored.files,
         sample_ids=scored.sample_ids,
         groups=sample_groups(scored.table, group if group in scored.table.columns else None),
         splits=[SPLIT] * len(scored.sample_ids),
@@ -127,7 +161,7 @@ def evaluate(
     name = folder_name(source.stem, by, at)
     found = _measured(
         run, predictions, threshold, by, column, name, about, bootstrap=bootstrap, seed=seed, images=images,
-        pictures=lambda: new_pictures(run, new),
+        pictures=lambda: new_pictures(run, new), masks=folder / MASKS, target=target,
     )  # fmt: skip
     return replace(found, scored=scored)
 
@@ -230,6 +264,8 @@ def _measured(
     seed: int,
     images: int | Literal["none"] = "none",
     pictures: Callable[[], Pictures] | None = None,
+    masks: Path | None = None,
+    target: Target | None = None,
 ) -> Evaluation:
     """Metrics of predictions, all of them test samples, written into RUN/evaluations/<name>/."""
     metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
@@ -252,7 +288,13 @@ def _measured(
         if predictions.task != "regression":
             curves = curves_of(predictions, threshold, bootstrap=bootstrap, seed=seed)
             (made / "curves.json").write_text(dump_json(curves), encoding="utf-8")
-        write_mistakes(made, predictions, threshold, {}, images=images, pictures=pictures)
+        if masks is not None and masks.is_dir():
+            shutil.copytree(masks, made / MASKS)
+        if isinstance(predictions, DensePredictions):
+            if isinstance(target, DenseTarget) and pictures is not None:
+                write_pictures(made, predictions, target, pictures().seen, images=images)
+        else:
+            write_mistakes(made, predictions, threshold, {}, images=images, pictures=pictures)
         write_evaluation_report(made, run.path, run.record, name=f"{run.path.name}: {name}")
         if path.exists():
             shutil.rmtree(path)
@@ -271,7 +313,18 @@ def new_pictures(run: Run, new: NewSamples) -> Pictures:
 def read_labels(run: Run, new: NewSamples) -> tuple[pl.DataFrame, Target]:
     """The table of the new samples and the run's target in it."""
     with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
-        table = read_manifest(manifest_config(run, new, Path(scratch))).table
+        config = manifest_config(run, new, Path(scratch))
+        manifest = read_manifest(config)
+        table = manifest.table
+    if run.task == "dense":
+        recorded = run.record.get("target_config") or {}
+        [(view, recipe)] = ((view, read_recipe(entry)) for view, entry in run.recipes.items())
+        files = MaskFiles(
+            run.targets[0], table["sample_id"].to_list(), mask_cells(manifest, config, run.targets[0], view),
+            Preprocessing.from_parameters(recipe.fields["preprocessing"]), str(recorded.get("masks", "index")),
+            recorded.get("uncertain") or {},
+        )  # fmt: skip
+        return table, read_masks(files, source=Path(new.sources[0]).name, classes=run.classes)
     target = read_target(
         table,
         run.targets,

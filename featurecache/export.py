@@ -13,7 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.data.targets import Target
-from featurecache.errors import InputError, did_you_mean
+from featurecache.errors import DependencyError, InputError, did_you_mean
 from featurecache.features import feature_names
 from featurecache.reading import StoreFeatures
 
@@ -53,12 +53,12 @@ def to_xarray(features: StoreFeatures, sample_ids: NDArray[np.str_], target: Tar
     sample is NaN where it lacks the view.
 
     Raises:
-        InputError: xarray is not installed.
+        DependencyError: xarray is not installed.
     """
     try:
         import xarray
     except ImportError:
-        raise InputError("xarray is not installed: pip install xarray") from None
+        raise DependencyError("features as xarray need xarray: pip install 'featurecache[xarray]'") from None
     x = features[np.arange(len(sample_ids))]
     sizes: dict[str, set[int]] = {}
     for dims, block in zip(features.dims, features.blocks, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.config import ExtractConfig
-from featurecache.data.manifest import read_manifest
+from featurecache.data.manifest import read_manifest, with_readers
 from featurecache.extraction import Extraction
 from featurecache.jobs import (
     Job,
@@ -96,6 +96,7 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None, survey: Sur
 def _extract(config: ExtractConfig, reporter: Reporter, survey: Survey, start: float) -> Summary:
     check_options(config)
     manifest = survey.manifest()
+    config = with_readers(config, manifest)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
     check_engines(config, setups.values())

@@ -20,11 +20,14 @@ from featurecache.data.readers.base import ReadFailure
 from featurecache.errors import DependencyError, FeatureCacheError, InputError, StoreError
 from featurecache.jobs import Job, remembered_failures
 from featurecache.keys import StoredKeys, key_array
+from featurecache.memory import give_back
 from featurecache.producer import Claims, Clock, Item, Seconds, one_line, produce
 from featurecache.progress import Reporter
 from featurecache.recognise import recognise
 from featurecache.scouts import cores
+from featurecache.space import bytes_to_write
 from featurecache.store.store import FeatureStore, RecipeInfo
+from featurecache.viewbars import ViewBars
 
 TRIAL_FROM = 256  # images; below that a trial of batch sizes costs more than it saves
 SMALL_BATCH = 8  # costs a CPU less than 16, see bodies.engines.trial
@@ -40,6 +43,7 @@ class Extraction:
     ) -> None:
         self.job, self.config, self.store = job, config, store
         self.seconds, self.reporter, self.task = seconds, reporter, job.title
+        self.bars = ViewBars(job, reporter)
         self.engine: Engine | None = None
         self.committer: Committer | None = None
         self.learnt = Learnt(store)
@@ -64,12 +68,14 @@ class Extraction:
         # Rows that none of the recognised cells stand for may belong to those that are to be read: files that moved.
         moved = job.info.rows - job.known_contents() if job.info is not None and job.replica is None else 0
         new = max(0, images - moved)
-        needed, free = job.row_bytes * new, shutil.disk_usage(self.config.store).free
+        needed = bytes_to_write(job, self.config, job.recipe, job.info, new)
+        free = shutil.disk_usage(self.config.store).free
         self.reporter.note(f"{self.task}: {images:,} images to do, about {needed / 1e6:,.1f} MB of features to write")
         if needed > free:
             raise StoreError(
-                f"{new:,} images at {job.row_bytes:,} bytes need {needed / 1e9:,.2f} GB, but {free / 1e9:,.2f} GB are "
-                f"free where {self.config.store} lies. Pool the taps (NAME:avg), store float16, or use another disk."
+                f"{new:,} images at {job.row_bytes:,} bytes need {needed / 1e9:,.2f} GB in whole chunks, but "
+                f"{free / 1e9:,.2f} GB are free where {self.config.store} lies. Pool the taps (NAME:avg), store "
+                "float16, give fewer --rows-per-chunk, or use another disk."
             )
 
     def prepare(self) -> None:
@@ -95,7 +101,7 @@ class Extraction:
         workers = cores() if self.config.workers == "auto" else self.config.workers
         channels, (height, width) = job.setup.preprocessing.channels, job.setup.size
         most = MOST_WAITING // (4 * channels * height * width)
-        self.reporter.begin(self.task, len(job.todo))
+        self.bars.begin()
         items = produce(
             job.todo,
             job.setup.reader,
@@ -106,7 +112,7 @@ class Extraction:
             seconds=self.seconds,
         )
         with ExitStack() as ending:  # the last first, each of them even if another fails or a second Ctrl-C comes
-            ending.callback(self.reporter.end, self.task)
+            ending.callback(self.bars.end)
             ending.callback(self.finish, before)
             ending.callback(self.commit)
             ending.callback(items.close)
@@ -249,7 +255,7 @@ class Extraction:
                 job.learn(item.cell, item.key)
             if item.failure is not None:
                 self.note_failure(item, item.failure)
-        self.reporter.advance(self.task, len(items), status=f"{len(job.failures)} failed" if job.failures else "")
+        self.bars.settle(items, self.failed)
 
     def note_failure(self, item: Item, failure: ReadFailure) -> None:
         """Remember why a cell could not be read."""
@@ -281,8 +287,10 @@ class Extraction:
             self.learnt.failure(job.recipe.id, key, job.reader_id, self.failed[key])
         self.learnt.flush()
         self.engine = None  # its memory is the next job's
+        give_back()  # as much as counting takes
         if self.committer is not None:
             job.info = self.store.recipe(job.recipe.id)
             job.computed = job.info.rows - before.rows
             self.bytes_written = job.info.bytes - before.bytes
         job.settle(self.store)
+        give_back()  # and binding the cells after that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ Permutation = Callable[[int], NDArray[np.int64]]
 CHUNK_BYTES = 16 << 20  # of float32 rows at a time where all of them are gone through
 MOST_ROWS = 4096
 GROUP_BYTES = 64 << 20  # of rows as stored that are shuffled among each other in an epoch, unless a head chooses
+_PROCESS = os.getpid()  # which has imported this
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ class ArrayFeatures:
     def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows as float32."""
         return as_float32(self.x[rows])
+
+
+def spare_threads() -> None:
+    """Keep torch to one thread in a forked process: OpenMP would wait for those of the parent, which are not there."""
+    if os.getpid() != _PROCESS:
+        torch.set_num_threads(1)
 
 
 def as_float32(x: NDArray[Any]) -> NDArray[np.float32]:

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.config import FitConfig, HeadConfig
+from featurecache.data.dense import DENSE, DenseTarget
 from featurecache.data.splits import make_splits, sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.densefit import Counted, count_masks, kept
 from featurecache.errors import InputError, RecipeMismatchError
 from featurecache.evaluation.recalibration import Calibration, Method, check_method, fit_calibration
 from featurecache.evaluation.threshold import At
@@ -23,14 +25,14 @@ from featurecache.features import Features
 from featurecache.fitrecord import NOTHING, Beside, finish_head, read_about, run_path, target_of
 from featurecache.fusion import get_fusion
 from featurecache.heads.base import Fold, Head, get_head, load_head
+from featurecache.heads.decoder import DecoderHead, is_dense
+from featurecache.mistakes import single_views
 from featurecache.progress import Reporter, Silent
 from featurecache.rearranged import WithoutView
 from featurecache.recorded import read_recipe, recipe_differences
 from featurecache.results import write_results
 from featurecache.run import Run, RunWriter, load_run
 from featurecache.store.recipe import Recipe
-
-MOST_ASKED = 20_000  # samples that are shown to the head once more, a view at a time
 
 
 class HeadRun(Run):
@@ -161,6 +163,7 @@ def fit_once(
     """
     reporter = reporter or Silent()
     target = target_of(dataset)
+    get_head(config.head).check_task(target.task)
     decide_at = check_decision(target, config.at, config.calibrate)
     about = read_about(config.about)
     estimator = get_head(config.head)(
@@ -176,12 +179,11 @@ def fit_once(
         start = time.perf_counter()
         fit_rows(estimator, dataset, splits, reporter)
         seconds = round(time.perf_counter() - start, 3)
-        scores = estimator.score_rows(dataset.features)
-        scores, calibration = calibrated(target, scores, splits, config.calibrate)
+        said, calibration = predicted(estimator, dataset, splits, config.calibrate, writer.path)
         results = write_results(
             writer.path,
-            target=target,
-            scores=scores,
+            target=said.target,
+            scores=said.scores,
             splits=splits,
             groups=groups,
             sample_ids=dataset.sample_ids,
@@ -191,8 +193,9 @@ def fit_once(
             bootstrap=config.bootstrap,
             seed=config.seed,
             at=decide_at,
+            masks=said.files,
         )
-        single = single_views(estimator, dataset, splits, calibration)
+        single = views_alone(estimator, dataset, splits, calibration)
         run = finish_head(
             writer, dataset, estimator, config, beside, results, calibration,
             {"seconds_fit": seconds}, splits, about, single,
@@ -200,27 +203,32 @@ def fit_once(
     return HeadRun(run.path, run.record)
 
 
-def single_views(
+def predicted(
+    head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], calibrate: Method | None, directory: Path
+) -> tuple[Counted, Calibration | None]:
+    """What a head says of all samples, as `write_results` takes it; masks are written into the directory of the run."""
+    target = target_of(dataset)
+    if isinstance(target, DenseTarget) and isinstance(head, DecoderHead):
+        said = head.mask_rows(dataset.features)
+        ids = dataset.sample_ids
+        return count_masks(said, target, directory=directory, sample_ids=ids, written=kept(splits)), None
+    scores, calibration = calibrated(target, head.score_rows(dataset.features), splits, calibrate)
+    return Counted(target, scores, []), calibration
+
+
+def views_alone(
     head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], calibration: Calibration | None
 ) -> dict[str, NDArray[np.float64]]:
-    """By view the scores (n, outputs) where the head gets that view alone; NaN where there is none or it isn't asked.
+    """By view the scores (n, outputs) where the head gets that view alone; see `single_views`."""
 
-    Test samples are asked, the first of them where there are many: they serve to show some.
-    """
-    found = {}
-    test = np.flatnonzero(splits == "test")[:MOST_ASKED]
-    for number, view in enumerate(dataset.views if len(dataset.views) > 1 else ()):
+    def ask(number: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         features: Features = dataset.features
         for other in dataset.views:
-            features = features if other == view else WithoutView(features, other)
-        scores = np.full((len(dataset), len(head.outputs)), np.nan)
-        rows = test[dataset.present[test, number]].astype(np.int64)
-        if len(rows):
-            said = head.score_rows(features, rows)
-            exclusive = bool(target_of(dataset).classes)
-            scores[rows] = said if calibration is None else calibration.apply(said, exclusive=exclusive)
-        found[view] = scores
-    return found
+            features = features if other == dataset.views[number] else WithoutView(features, other)
+        said = head.score_rows(features, rows)
+        return said if calibration is None else calibration.apply(said, exclusive=bool(target_of(dataset).classes))
+
+    return single_views(dataset.views, dataset.present, splits, len(head.outputs), ask)
 
 
 def check_decision(target: Target, at: str | None, calibrate: Method | None) -> At | None:
@@ -251,6 +259,7 @@ def calibrated(
 
 def open_dataset(config: FitConfig) -> FeatureDataset:
     """The dataset that a configuration of stage two names."""
+    task = DENSE if config.task == "auto" and is_dense(get_head(config.head)) else config.task
     return FeatureDataset(
         config.store,
         dataset=config.dataset,
@@ -258,8 +267,9 @@ def open_dataset(config: FitConfig) -> FeatureDataset:
         views=config.views or None,
         tap=config.tap or None,
         recipe=config.recipe or None,
-        task=config.task,
+        task=task,
         uncertain=config.uncertain,
+        masks=config.masks,
         missing=config.missing,
         allow_partial=config.allow_partial,
         manifest=config.manifest,
@@ -268,14 +278,18 @@ def open_dataset(config: FitConfig) -> FeatureDataset:
     )
 
 
+# What the settings of a head call its rounds, and what a person does; `None` where it may end long before.
+ROUNDS = {"epochs": "epochs", "n_estimators": "rounds"}
+
+
 def fit_rows(head: Head, dataset: FeatureDataset, splits: NDArray[np.str_], reporter: Reporter) -> None:
     """Fit on the training rows and their replicas, with the validation rows beside; test rows are never looked at."""
     check_fusion(head, dataset)
     rows = {side: np.flatnonzero(splits == side).astype(np.int64) for side in ("train", "valid")}
     train = training_fold(dataset, rows["train"], dataset.features)
     valid = Fold(dataset.features, rows["valid"], target_of(dataset).subset(rows["valid"]))
-    task = f"fit {head.name}"
-    reporter.begin(task, None, "steps")
+    task, rounds = f"fit {head.name}", next((name for name in ROUNDS if hasattr(head.settings, name)), None)
+    reporter.begin(task, getattr(head.settings, rounds) if rounds else None, ROUNDS[rounds] if rounds else "steps")
 
     def told(row: Mapping[str, Any]) -> None:
         figures = (f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
@@ -300,6 +314,8 @@ def check_fusion(head: Head, dataset: FeatureDataset) -> None:
 def training_fold(dataset: FeatureDataset, rows: NDArray[np.int64], features: Features) -> Fold:
     """Rows of `features` (the dataset's, wherever they are held) to train on, and their replicas where there are."""
     target = target_of(dataset)
+    if target.task == "dense" and dataset.replicas is not None:
+        raise InputError("masks lie on the plain images only: give --replicas none")
     if dataset.replicas is None:
         return Fold(features, rows, target.subset(rows))
     every, owners = dataset.replicas.rows_of(rows)

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from featurecache.bodies.registry import RUN_PREFIX
 from featurecache.config import About, HeadConfig, SplitConfig
-from featurecache.data.splits import group_column, sample_groups
+from featurecache.data.dense import DenseTarget
+from featurecache.data.splits import group_column
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.densefit import write_pictures
+from featurecache.densepredictions import DensePredictions
 from featurecache.errors import InputError
 from featurecache.evaluation.recalibration import Calibration
-from featurecache.flow import leak_check, sample_flow
+from featurecache.flow import flow_record
 from featurecache.heads.base import Head
 from featurecache.heads.importance import write_importance
 from featurecache.mistakes import write_mistakes
@@ -81,16 +84,20 @@ def finish_head(
     for name, text in {ABOUT: about, **(beside.files() if beside.files is not None else {})}.items():
         if text:
             (writer.path / name).write_text(text, encoding="utf-8")
-    write_mistakes(
-        writer.path, results.predictions, results.threshold, single, images=config.images,
-        pictures=lambda: Pictures(dataset.binding, dataset.recipes),
-    )  # fmt: skip
-    divide = SplitConfig.create({name: getattr(config, name) for name in SplitConfig.model_fields})
+    if isinstance(results.predictions, DensePredictions) and isinstance(dataset.target, DenseTarget):
+        pictures = Pictures(dataset.binding, dataset.recipes)
+        write_pictures(writer.path, results.predictions, dataset.target, pictures.seen, images=config.images)
+    else:
+        write_mistakes(
+            writer.path, results.predictions, results.threshold, single, images=config.images,
+            pictures=lambda: Pictures(dataset.binding, dataset.recipes),
+        )  # fmt: skip
+    divide = SplitConfig.create(config.fields_of(SplitConfig))
     return finish_run(
         writer,
         {
             **dataset_record(dataset, divide),
-            **flow_record(dataset, divide, results.predictions, sides),
+            **flow_of(dataset, divide, results.predictions, sides),
             **head_record(head, results.threshold, calibration),
             **record,
             "command": beside.command,
@@ -110,6 +117,16 @@ def target_of(dataset: FeatureDataset) -> Target:
     if dataset.target is None:
         raise InputError("the dataset has no target: give target=COLUMN")
     return dataset.target
+
+
+def refuse_dense(target: Target, what: str) -> None:
+    """Refuse masks where samples are scored.
+
+    Raises:
+        InputError: the target is one of masks.
+    """
+    if target.task == "dense":
+        raise InputError(f"{what}: not for masks ({target.names[0]}): a dense target is fitted on one division only")
 
 
 def head_record(head: Head, threshold: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
@@ -145,28 +162,22 @@ def dataset_record(dataset: FeatureDataset, divide: SplitConfig) -> dict[str, An
     }
 
 
-def flow_record(
+def flow_of(
     dataset: FeatureDataset, divide: SplitConfig, predictions: Predictions, sides: NDArray[Any]
 ) -> dict[str, Any]:
-    """What run.json says of how many samples there are at each step, and of leaks between the sides."""
-    table, ids = dataset.binding.table, predictions.sample_ids.tolist()
-    return {
-        "flow": sample_flow(
-            table["sample_id"].to_list(),
-            sample_groups(table, divide.group),
-            kept=dataset.sample_ids.tolist(),
-            unreadable={name for names in dataset.failed.values() for name in names},
-            known=predictions.sample_ids[predictions.known()].tolist(),
-            split=dict(zip(ids, predictions.splits.tolist(), strict=True)),
-        ),
-        "leak_check": leak_check(
-            sides,
-            sample_groups(dataset.table, divide.group),
-            dataset.content,
-            level=group_column(dataset.table, divide.group),
-        ),
-        "missing": dataset.missing,
-    }
+    """`flow_record` of a dataset whose samples all have predictions, and what became of missing views."""
+    found = flow_record(
+        dataset.binding.table,
+        divide.group,
+        ids=predictions.sample_ids.tolist(),
+        groups=predictions.groups,
+        known=predictions.known(),
+        splits=predictions.splits,
+        sides=sides,
+        content=dataset.content,
+        unreadable={name for names in dataset.failed.values() for name in names},
+    )
+    return {**found, "missing": dataset.missing}
 
 
 def read_about(path: Path | None) -> str:

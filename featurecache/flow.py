@@ -6,11 +6,48 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.data.splits import SPLITS, Content
+from featurecache.data.splits import SPLITS, Content, group_column, sample_groups
 
 UNREADABLE, NO_LABEL, NO_VIEW, NO_SPLIT = "unreadable image", "no known label", "missing view", "in no split"
+
+
+def flow_record(
+    table: pl.DataFrame,
+    group: str | None,
+    *,
+    ids: Sequence[str],
+    groups: NDArray[Any],
+    known: NDArray[np.bool_],
+    splits: NDArray[Any],
+    sides: NDArray[Any],
+    content: Content,
+    unreadable: Collection[str],
+) -> dict[str, Any]:
+    """What run.json says of how many samples there are at each step, and of leaks between the sides.
+
+    Args:
+        table: all samples of the manifest.
+        group: column of what a split keeps together; None for the default.
+        ids: (n,) of those that have the views that are needed.
+        groups: (n,) what was kept together.
+        known: (n,) whether their target is known.
+        splits: (n,) train, valid, test, or '' for samples that are not used.
+        sides: (n,) the same; in a cross-validation the number of the fold that tested each.
+        content: per sample the keys of its images.
+        unreadable: ids of samples of the manifest that have an image that can't be read.
+    """
+    flow = sample_flow(
+        table["sample_id"].to_list(),
+        sample_groups(table, group),
+        kept=ids,
+        unreadable=unreadable,
+        known=[name for name, told in zip(ids, known.tolist(), strict=True) if told],
+        split=dict(zip(ids, splits.tolist(), strict=True)),
+    )
+    return {"flow": flow, "leak_check": leak_check(sides, groups, content, level=group_column(table, group))}
 
 
 def sample_flow(

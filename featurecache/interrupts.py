@@ -1,12 +1,47 @@
-"""Ctrl-C held back where an exception would be lost: in compiled code that calls Python back, and beside threads."""
+"""Ctrl-C raised once, and held back where an exception would be lost: in compiled code, and beside threads."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+PATIENCE = 10.0
+"""Seconds that work has to commit what is complete, before another Ctrl-C ends the process there and then."""
+ENDING = (
+    "Ending: what is complete is being kept; run the same command again to go on. "
+    f"{PATIENCE:g} s after the first, another Ctrl-C ends it at once.\n"
+)
+ENDED = "Ended at once. What was committed is kept; run the same command again to go on.\n"
+STATUS = 130  # of a process that ended so
+
+
+def interrupt_once() -> Callable[[int, FrameType | None], None]:
+    """A handler of signals whose first raises KeyboardInterrupt; those that follow can't break what it set going.
+
+    A second exception, in the middle of the commit that the first one led to, would leave that undone.
+    """
+    first: float | None = None
+    told = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first, told
+        now = time.monotonic()
+        if first is None:
+            first = now
+            raise KeyboardInterrupt
+        if now - first > PATIENCE:  # whatever hangs: a store survives this as it survives kill -9
+            os.write(2, ENDED.encode())
+            os._exit(STATUS)
+        if not told:
+            told = True
+            os.write(2, ENDING.encode())
+
+    return handle
 
 
 class Interrupted(Exception):

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.config import ExtractConfig, ManifestConfig, for_view
+from featurecache.config import AUTO, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
 from featurecache.keys import Cell, Cells, Keys, last_keys, present_cells
@@ -269,7 +269,7 @@ def with_earlier_views(config: ExtractConfig, previous: Binding | None, manifest
             "--replace to keep only the views of this run."
         )
     update: dict[str, Any] = {"views": {**{view: before.views[view] for view in earlier}, **config.views}}
-    update["reader"] = {**config.reader, **{view: for_view(before.reader, view, "image") for view in earlier}}
+    update["reader"] = {**config.reader, **{view: for_view(before.reader, view, AUTO) for view in earlier}}
     for name in ("box", "frame", "flip_if", "reader_settings"):
         old = getattr(before, name)
         update[name] = {**getattr(config, name), **{view: old[view] for view in earlier if view in old}}

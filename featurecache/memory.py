@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 UNKNOWN = 4 << 30  # assumed where the system does not say
 CGROUP = Path("/sys/fs/cgroup")
@@ -13,6 +17,22 @@ def free_memory() -> int:
     """Bytes that can be had without swapping, page cache counted as free, within the limit of a container."""
     found = [value for value in (_available(), _below_limit(CGROUP)) if value is not None]
     return min(found, default=UNKNOWN)
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system, where the C library is glibc.
+
+    It keeps what lies between things that are still in use, of each thread: after XGBoost's sketches, hundreds of
+    megabytes that nothing is put into again.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _available() -> int | None:

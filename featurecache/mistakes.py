@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ FILE, FOLDER = "mistakes.json", "pictures"
 LISTED = 12  # of each kind, where no pictures are wanted
 SIZE = 224  # pixels of the longest edge
 MOST_ERRORS = 200  # of a regression that are looked through
+MOST_ASKED = 20_000  # samples that are shown to the model once more, a view at a time
 
 
 def write_mistakes(
@@ -61,6 +62,35 @@ def write_mistakes(
             notes.append(f"No pictures: {type(error).__name__} while the images were read.")
     record = {"schema": 1, "split": "test", "notes": notes, **found}
     (directory / FILE).write_text(dump_json(plain(record, directory)), encoding="utf-8")
+
+
+def single_views(
+    views: Sequence[str],
+    present: NDArray[np.bool_],
+    splits: NDArray[Any],
+    outputs: int,
+    ask: Callable[[int, NDArray[np.int64]], NDArray[np.float64]],
+) -> dict[str, NDArray[np.float64]]:
+    """By view the scores (n, outputs) where the model gets that view alone; NaN where there is none or it isn't asked.
+
+    Test samples are asked, the first of them where there are many: they serve to show some. Nothing for a single view.
+
+    Args:
+        views: of the model, in its order.
+        present: (n, n_views) which each sample has.
+        splits: (n,) train, valid, test or ''.
+        outputs: columns of the scores.
+        ask: scores (m, outputs) of so many rows from the view of this number alone.
+    """
+    found = {}
+    test = np.flatnonzero(splits == "test")[:MOST_ASKED].astype(np.int64)
+    for number, view in enumerate(views if len(views) > 1 else ()):
+        scores = np.full((len(splits), outputs), np.nan)
+        rows = test[present[test, number]]
+        if len(rows):
+            scores[rows] = ask(number, rows)
+        found[view] = scores
+    return found
 
 
 def confident_mistakes(part: Predictions, threshold: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -102,13 +102,14 @@ def check_settings(path: Path, config: PipelineConfig) -> None:
     Raises:
         InputError: names stage, head and setting.
     """
+    fitted = {stage.called: stage.head for kind, stage in config.stages() if kind == "fit"}
     for kind, stage in config.stages():
         if kind in ("fit", "tune"):
             by_head = {stage.head: stage.settings}
         elif kind == "ablate":
             by_head = {head: stage.settings.get(head, {}) for head in stage.heads}
         else:
-            by_head = {"fc": stage.settings} if kind == "joint" else {}
+            by_head = {fitted.get(str(stage.init), stage.head): stage.settings} if kind == "joint" else {}
         for head, settings in by_head.items():
             get_head(head).Settings.create(settings, source=f"{path}: {kind} {stage.called!r}, settings of head {head}")
 

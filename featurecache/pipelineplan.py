@@ -22,8 +22,9 @@ from featurecache.config import (
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers import PLUGIN
 from featurecache.makers import check_maker, made_at, make
+from featurecache.masks import mask_cells
 from featurecache.pipelineconfig import NOWHERE, RUNS, PipelineConfig
-from featurecache.pipelinestate import cells_digest, digest_of, run_digest
+from featurecache.pipelinestate import cells_digest, digest_of, files_digest, run_digest
 from featurecache.progress import Reporter, Silent
 from featurecache.store.format import StorePaths
 from featurecache.store.store import FeatureStore
@@ -186,10 +187,20 @@ class Layout:
             inputs = {"features": self.binding_digest(config.dataset)}
         else:
             inputs = {"cells": cells_digest(self.manifest.cells)} if step.kind == "classify" else {}
+        fits = [other.stage.head for other in self.steps if other.kind == "fit" and other.name in step.needs]
+        if step.kind in RUNS and "decoder" in (step.stage.head, *fits):
+            inputs["masks"] = self.masks_digest(step)
         runs = [name for name in step.needs if any(name == other.name and other.kind in RUNS for other in self.steps)]
         inputs["runs"] = {name: run_digest(self.run_path(name)) for name in runs}
         kept = {name: value for name, value in options.items() if name not in FREE - {"body"}}
         return digest_of({"kind": step.kind, "options": kept, "inputs": inputs})
+
+    def masks_digest(self, step: Step) -> str:
+        """Of the mask images that a dense stage learns from."""
+        columns = step.stage.target or self.config.data.target
+        config = ManifestConfig.create(self.shared(ManifestConfig), source="[data]")
+        cells = mask_cells(self.manifest, config, columns[0], self.manifest.views[0])
+        return files_digest(cell.location for cell in cells if cell is not None)
 
     def binding_digest(self, dataset: str) -> str:
         """Of the features that a dataset of the store joins."""

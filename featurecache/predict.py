@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, ManifestCon
 from featurecache.data.manifest import read_manifest
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.densefit import write_masks
 from featurecache.errors import DependencyError, FeatureCacheError, InputError, RunError
 from featurecache.extract import extract
 from featurecache.fit import HeadRun, check_recipes, compare_recipes
+from featurecache.heads.decoder import DecoderHead
 from featurecache.jobs import set_up_views
 from featurecache.joint.predict import predict_joint
 from featurecache.newsamples import NewSamples, manifest_config
@@ -40,13 +43,14 @@ class Scored:
 
     Attributes:
         sample_ids: (n,) text.
-        scores: (n, classes) or (n, labels) probabilities, or (n, targets) values.
+        scores: (n, classes) or (n, labels) probabilities, or (n, targets) values; dense: shares of the picture.
         table: the manifest's rows of these samples.
         present: (n, n_views) bool.
         failures: images that could not be read, and samples that got no prediction: sample_id, view, path, error.
         computed: images that went through a body.
         reused: images whose features were in the store.
         notes: what a user should know (features of another precision, say).
+        files: (n,) of predicted masks, relative to what their folder lies in; empty but for dense runs.
     """
 
     sample_ids: NDArray[np.str_]
@@ -57,10 +61,11 @@ class Scored:
     computed: int
     reused: int
     notes: list[str]
+    files: list[str] = field(default_factory=list)
 
 
-def score_samples(run: Run, new: NewSamples, reporter: Reporter | None = None) -> Scored:
-    """Score new samples with a run.
+def score_samples(run: Run, new: NewSamples, reporter: Reporter | None = None, *, masks: Path | None = None) -> Scored:
+    """Score new samples with a run; of a dense one the predicted masks are written into the folder `masks`.
 
     Raises:
         InputError: the manifest is not valid, or the bodies can't be had.
@@ -71,16 +76,23 @@ def score_samples(run: Run, new: NewSamples, reporter: Reporter | None = None) -
     with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
         manifest = manifest_config(run, new, Path(scratch))
         if run.kind == "joint":
-            return score_joint(run, manifest, new, reporter)
+            return score_joint(run, manifest, new, reporter, masks)
         if new.tta:
             raise InputError(
                 f"--tta {new.tta}: {run.path} is a head on cached features, and only plain images of new samples are "
                 "cached. Leave it out; runs of finetune-joint take it."
             )
-        return score_cached(HeadRun(run.path, run.record), manifest, new, Path(scratch), reporter)
+        return score_cached(HeadRun(run.path, run.record), manifest, new, Path(scratch), reporter, masks)
 
 
-def score_cached(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scratch: Path, reporter: Reporter) -> Scored:
+def score_cached(
+    run: HeadRun,
+    manifest: ManifestConfig,
+    new: NewSamples,
+    scratch: Path,
+    reporter: Reporter,
+    masks: Path | None = None,
+) -> Scored:
     """Features through the cache, then the head."""
     config = extract_config(run, manifest, new, scratch / "store")
     setups = set_up_views(config, run.views)
@@ -95,7 +107,12 @@ def score_cached(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scratc
     dataset = FeatureDataset(config.store, dataset=summary.dataset, views=run.views, tap=taps)
     try:
         notes = check_recipes(run, dataset)
-        scores = run.score_rows(dataset.features)
+        files: list[str] = []
+        if isinstance(run.head, DecoderHead):
+            said = run.head.mask_rows(dataset.features)
+            scores, files = write_masks(said, dataset.sample_ids, run.classes, masks)
+        else:
+            scores = run.score_rows(dataset.features)
     finally:
         dataset.store.close()
     ids = binding.table["sample_id"].to_list()
@@ -108,10 +125,13 @@ def score_cached(run: HeadRun, manifest: ManifestConfig, new: NewSamples, scratc
         summary.computed,
         summary.reused,
         notes,
+        files,
     )
 
 
-def score_joint(run: Run, config: ManifestConfig, new: NewSamples, reporter: Reporter) -> Scored:
+def score_joint(
+    run: Run, config: ManifestConfig, new: NewSamples, reporter: Reporter, masks: Path | None = None
+) -> Scored:
     """Images through the tuned network."""
     manifest = read_manifest(config)
     found = predict_joint(
@@ -122,6 +142,7 @@ def score_joint(run: Run, config: ManifestConfig, new: NewSamples, reporter: Rep
         workers=whole(new.workers),
         trust=tuple((new.body or {}).get("trust_factory") or ()),
         tta=new.tta,
+        masks=masks,
         reporter=reporter,
     )
     if not len(found.sample_ids):
@@ -138,6 +159,7 @@ def score_joint(run: Run, config: ManifestConfig, new: NewSamples, reporter: Rep
         computed=int(manifest.cells["value"].is_not_null().sum()) - len(found.failed),
         reused=0,
         notes=[],
+        files=list(found.files),
     )
 
 
@@ -240,8 +262,8 @@ def numerics(run: HeadRun, new: NewSamples) -> dict[str, str]:
             ]
             recipes = [max(close)[2]] if close else recipes
     found = {}
-    for option, field in names.items():
-        values = {str(recipe.fields[field]) for recipe in recipes}
+    for option, wanted in names.items():
+        values = {str(recipe.fields[wanted]) for recipe in recipes}
         found[option] = values.pop() if len(values) == 1 else "float32" if option == "store_dtype" else "auto"
     if found["engine"] != "auto":
         try:
@@ -261,6 +283,8 @@ def differs_in_numbers_only(recipe: Recipe, held: Recipe) -> bool:
 def prediction_table(run: Run, scored: Scored) -> pl.DataFrame:
     """sample_id, views, prediction and a column per class or label, as predictions.csv has them."""
     n = len(scored.sample_ids)
+    if run.task == "dense":
+        return mask_table(run, scored)
     if run.classes:
         values: NDArray[Any] = np.full(n, -1, dtype=np.int64)
     else:
@@ -274,10 +298,29 @@ def prediction_table(run: Run, scored: Scored) -> pl.DataFrame:
     return table.drop(dropped)
 
 
+def mask_table(run: Run, scored: Scored) -> pl.DataFrame:
+    """sample_id, views, the file of the mask, and the share of the picture that each class takes."""
+    views = ["+".join(np.array(run.views)[row]) for row in scored.present]
+    shares = {f"share:{label}": scored.scores[:, number] for number, label in enumerate(run.classes)}
+    return pl.DataFrame({"sample_id": scored.sample_ids.tolist(), "views": views, "mask": scored.files, **shares})
+
+
+def mask_folder(out: Path) -> Path:
+    """Where the masks of `preds.csv` go: `preds.masks/`.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    folder = out.with_name(f"{out.stem}.masks")
+    if folder.exists() and not (folder.is_dir() and all(path.suffix == ".png" for path in folder.iterdir())):
+        raise InputError(f"{folder}: masks would go there, but it holds something else. Give another --out.")
+    return folder
+
+
 def predict(
     run: Run | str | Path, new: NewSamples, out: str | Path, reporter: Reporter | None = None
 ) -> tuple[Scored, Path]:
-    """Score new samples and write the predictions to a .csv or .parquet file.
+    """Score new samples and write the predictions to a .csv or .parquet file; masks into a folder beside it.
 
     Raises:
         InputError: the file is of another kind; see `score_samples`.
@@ -288,7 +331,10 @@ def predict(
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder")
     run = run if isinstance(run, Run) else load_run(run)
-    scored = score_samples(run, new, reporter)
+    masks = mask_folder(out) if run.task == "dense" else None
+    if masks is not None and masks.exists():
+        shutil.rmtree(masks)
+    scored = score_samples(run, new, reporter, masks=masks)
     table = prediction_table(run, scored)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")

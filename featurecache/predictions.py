@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from featurecache.cut import Threshold, recorded_threshold, threshold_of
 from featurecache.errors import RunError
 
-__all__ = ["Predictions", "Threshold", "read_predictions"]
+__all__ = ["Predictions", "Threshold", "read_predictions", "read_text"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,15 @@ def _columns(what: str, task: str, names: Sequence[str]) -> list[str]:
     return [what] if task == "regression" and len(names) == 1 else [f"{what}:{name}" for name in names]
 
 
+def read_text(path: Path) -> pl.DataFrame:
+    """A CSV file, every column as text; polars 2.1 leaves the quotes within a name of a column doubled."""
+    with path.open(encoding="utf-8", newline="") as file:
+        names = next(csv.reader(file), [])
+    table = pl.read_csv(path, infer_schema=False)
+    table.columns = names
+    return table
+
+
 def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
     """The arrays behind the predictions.csv of a directory.
 
@@ -149,7 +159,7 @@ def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
     """
     path = directory / "predictions.csv"
     try:
-        table = pl.read_csv(path, infer_schema=False)
+        table = read_text(path)
         task, names, classes = str(record["task"]), tuple(record["targets"]), tuple(record["classes"])
         text = {
             name: table[name].fill_null("").to_numpy().astype(np.str_)
@@ -170,7 +180,7 @@ def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
         folds = table["fold"].cast(pl.Int64).to_numpy() if "fold" in table.columns else None
     except FileNotFoundError:
         raise RunError(f"{directory}: predictions.csv is missing") from None
-    except (pl.exceptions.PolarsError, KeyError, ValueError) as error:
+    except (pl.exceptions.PolarsError, csv.Error, KeyError, ValueError) as error:
         raise RunError(f"{path}: not the predictions of this run: {error}") from None
     ids = (text["sample_id"], text["group"], text["split"], text["views"])
     return Predictions(task, names, classes, true, scores, *ids, folds)

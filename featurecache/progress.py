@@ -8,8 +8,8 @@ from typing import Protocol
 class Reporter(Protocol):
     """What a stage tells while it works. One task at a time is usual; names tell several apart."""
 
-    def begin(self, task: str, total: int | None, unit: str = "images") -> None:
-        """A task of `total` units starts (None: unknown)."""
+    def begin(self, task: str, total: int | None, unit: str = "images", *, done: int = 0) -> None:
+        """A task of `total` units starts (None: unknown), `done` of which were done before."""
 
     def advance(self, task: str, n: int = 1, *, status: str = "") -> None:
         """`n` more units are done; `status` is a short text shown beside the bar."""
@@ -24,7 +24,7 @@ class Reporter(Protocol):
 class Silent:
     """A Reporter that drops everything: the default of the Python API."""
 
-    def begin(self, task: str, total: int | None, unit: str = "images") -> None:
+    def begin(self, task: str, total: int | None, unit: str = "images", *, done: int = 0) -> None:
         """Nothing."""
 
     def advance(self, task: str, n: int = 1, *, status: str = "") -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featurecache.features import GROUP_BYTES, Block, as_float32
+from featurecache.features import GROUP_BYTES, Block, as_float32, spare_threads
 from featurecache.memory import free_memory
 from featurecache.store import windows
 from featurecache.store.catalogue import RecipeInfo
@@ -120,6 +120,7 @@ class StoreFeatures:
 
     def gather(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See `featurecache.features.Stored`."""
+        spare_threads()
         rows = np.asarray(rows)
         out = np.empty((len(rows), self.shape[1]), self.dtype) if out is None else out
         for start in range(0, len(rows), SLICE_ROWS):

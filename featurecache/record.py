@@ -8,7 +8,10 @@ import os
 import platform
 import re
 import shlex
+import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
@@ -131,9 +134,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def package_version() -> str:
-    """The installed version of featurecache; `0+unknown` in a checkout that was never installed."""
+    """The version of featurecache: that of the checkout which it runs from, else of the installed package.
+
+    A checkout comes first since it may be newer than what was once installed from it in editable mode.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text("utf-8"))["project"]
+        if project["name"] == "featurecache":
+            return str(project["version"])
     try:
         return version("featurecache")
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # copied somewhere without its metadata
         return "0+unknown"

@@ -8,7 +8,7 @@ from typing import Any
 
 from featurecache.bodies.registry import FACTORY, RUN_PREFIX, trusted_factories
 from featurecache.bodies.weights import SUFFIXES
-from featurecache.config import for_view
+from featurecache.config import AUTO, for_view
 from featurecache.data.readers import PLUGIN
 from featurecache.errors import InputError, MissingFileError, RunError
 from featurecache.store.recipe import Recipe
@@ -35,7 +35,7 @@ def check_bodies(
     allowed = trusted_factories(tuple(options.get("trust_factory") or ())) | set(typed)
     problems = []
     for view in views:
-        check_reader(source, for_view(options.get("reader") or {}, view, "image"), allowed)
+        check_reader(source, for_view(options.get("reader") or {}, view, AUTO), allowed)
         name = for_view(options["body"], view, "")
         weights = for_view(options.get("weights") or {}, view, "")
         of_run = name.startswith(RUN_PREFIX)  # `run:joint` has the form of a factory

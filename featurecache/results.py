@@ -14,11 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from featurecache.data.splits import write_splits
 from featurecache.data.targets import Target
+from featurecache.densepredictions import DensePredictions, read_predictions
 from featurecache.evaluation.bootstrap import bootstrap_intervals, class_tables, label_intervals
 from featurecache.evaluation.curves import curve_data
 from featurecache.evaluation.metrics import compute_metrics, metric_names
 from featurecache.evaluation.threshold import At, choose_threshold
-from featurecache.predictions import Predictions, read_predictions
+from featurecache.predictions import Predictions
 from featurecache.record import dump_json, plain
 from featurecache.reporting.card import write_card
 from featurecache.reporting.report import write_report
@@ -62,13 +63,15 @@ def write_results(
     seed: int = 0,
     at: At | None = None,
     folds: Folds | None = None,
+    masks: Sequence[str] = (),
 ) -> Results:
     """Write predictions.csv, splits.csv, history.csv, metrics.json and curves.json; all rows are of the fitted samples.
 
     Args:
         directory: of the run being written (`RunWriter.path`).
-        target: (n,) or (n, T) true values.
-        scores: (n, classes) or (n, labels) probabilities, NaN for a skipped label; regression (n, T) values.
+        target: (n,) or (n, T) true values; dense (n, classes) pixels.
+        scores: (n, classes) or (n, labels) probabilities, NaN for a skipped label; regression (n, T) values; dense
+            (n, classes, 2) pixels said to be of the class, and the right ones.
         splits: (n,) train, valid, test, or '' for samples that were not used.
         groups: (n,) what the split kept together and the bootstrap resamples.
         sample_ids: (n,) unique.
@@ -79,9 +82,10 @@ def write_results(
         seed: of the resampling.
         at: decide at a fixed sensitivity or specificity on validation; default Youden's J.
         folds: of a cross-validation, whose scores are out of fold and all in the split `test`.
+        masks: (n,) files of predicted masks, relative to `directory`; of a dense task.
     """
     predictions = make_predictions(
-        target, scores, sample_ids=sample_ids, groups=groups, splits=splits, views=views, present=present
+        target, scores, sample_ids=sample_ids, groups=groups, splits=splits, views=views, present=present, masks=masks
     )
     if folds is not None:
         predictions = replace(predictions, folds=folds.number)
@@ -124,22 +128,27 @@ def make_predictions(
     splits: Sequence[str] | NDArray[Any] | None = None,
     views: Sequence[str] = (),
     present: ArrayLike | None = None,
+    masks: Sequence[str] = (),
 ) -> Predictions:
     """Bring true values, scores and names of n samples together; arguments as `write_results`."""
     ids = np.asarray(sample_ids, dtype=np.str_)
     empty = np.full(len(ids), "", dtype=np.str_)
     here = np.ones((len(ids), len(views)), bool) if present is None else np.asarray(present, dtype=bool)
-    return Predictions(
+    dense = target.task == "dense"
+    made = (
         target.task,
         tuple(target.names),
         tuple(target.classes),
-        np.asarray(target.values, dtype=np.int64 if target.classes else np.float64),
+        np.asarray(target.values, dtype=np.int64 if target.classes and not dense else np.float64),
         np.asarray(scores, dtype=np.float64),
         ids,
         empty if groups is None else np.asarray(groups, dtype=np.str_),
         empty if splits is None else np.asarray(splits, dtype=np.str_),
         np.array(["+".join(np.asarray(views, dtype=np.str_)[row]) for row in here], dtype=np.str_),
     )
+    if not dense:
+        return Predictions(*made)
+    return DensePredictions(*made, masks=np.asarray(masks, dtype=np.str_) if len(masks) else empty)
 
 
 def to_target(predictions: Predictions) -> Target:

@@ -15,8 +15,9 @@ from typing import IO, Any, Self
 
 import polars as pl
 
+from featurecache.densepredictions import Predictions, read_predictions
 from featurecache.errors import InputError, LockedError, MissingFileError, did_you_mean
-from featurecache.predictions import Predictions, read_predictions
+from featurecache.predictions import read_text
 from featurecache.record import dump_json, locate_bodies, package_version, plain_record, versions
 from featurecache.rundir import (
     LOCK,
@@ -287,11 +288,10 @@ class Run:
 
     @cached_property
     def predictions(self) -> pl.DataFrame:
-        """predictions.csv: ids, groups and classes as text, probabilities and regression values as float64."""
-        table = pl.read_csv(self.path / "predictions.csv", infer_schema=False)
-        floats = [name for name in table.columns if name.startswith("p:")]
-        if self.task == "regression":
-            floats += [name for name in table.columns if re.match(r"(target|prediction)(:|$)", name)]
+        """predictions.csv: ids, groups and classes as text, probabilities, regression values, pixels as float64."""
+        table = read_text(self.path / "predictions.csv")
+        kinds = {"regression": r"(target|prediction)(:|$)", "dense": "(pixels|said|right|iou|dice):"}
+        floats = [name for name in table.columns if re.match(kinds.get(self.task, "p:"), name)]
         return table.with_columns(pl.col(floats).cast(pl.Float64))
 
     @cached_property

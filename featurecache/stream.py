@@ -14,7 +14,15 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.features import Features, Stored, gather, group_rows, reading_order, shuffled_groups
+from featurecache.features import (
+    Features,
+    Stored,
+    gather,
+    group_rows,
+    reading_order,
+    shuffled_groups,
+    spare_threads,
+)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Take = Callable[[int, int], torch.Tensor]
@@ -128,6 +136,7 @@ class FeatureStream(IterableDataset[Batch]):
         return [self._rows[group] for group in shares if len(group)]
 
     def __iter__(self) -> Iterator[Batch]:
+        spare_threads()  # this thread's are not those of the thread that reads ahead
         groups, worker = self.groups(), get_worker_info()
         if worker is not None:
             groups = groups[worker.id :: worker.num_workers]

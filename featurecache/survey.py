@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import polars as pl
 
 from featurecache import scouts
@@ -58,9 +59,11 @@ class Survey:
     def _work(self, config: ExtractConfig) -> None:
         unchanged = None
         try:
-            manifest = read_manifest(config)
-            self._manifest.set_result(manifest)
-            unchanged = self._compare(config, manifest)
+            with ExitStack() as ending:
+                looks = _Looks(config, ending)
+                manifest = read_manifest(config, early=looks.begin)
+                self._manifest.set_result(manifest)
+                unchanged = self._compare(config, manifest, looks)
         except BaseException as error:
             # Of the manifest it is told to whoever asks for it; a damaged store is found out again by whom it concerns.
             if not self._manifest.done():
@@ -69,15 +72,35 @@ class Survey:
             self._store_is_free.set()
             self._unchanged.set_result(unchanged)
 
-    def _compare(self, config: ExtractConfig, manifest: Manifest) -> pl.DataFrame | None:
-        paths = manifest.cells["location"].drop_nulls().unique()
-        if config.check != "stat" or len(paths) < scouts.WORTH_IT or not StorePaths(config.store).index.is_file():
+    def _compare(self, config: ExtractConfig, manifest: Manifest, looks: _Looks) -> pl.DataFrame | None:
+        if looks.answers is None:
             return None
-        with closing(scouts.ask("look", paths, max(1, scouts.cores() - 1))) as answers:
-            with FeatureStore(config.store) as store:
-                records = store.payload_table(paths)
-            self._store_is_free.set()
-            places = paths.alias("path").to_frame().with_row_index("place")
-            records = records.join(places, on="path", how="left", maintain_order="left")
-            now = scouts.gather(paths, answers)[records["place"].to_numpy()]
-        return unchanged_files(records, now).select("path", "sha256")
+        with FeatureStore(config.store) as store:
+            records = store.payload_table(manifest.cells["location"].drop_nulls().unique())
+        self._store_is_free.set()
+        return unchanged_files(records, looks.at(records["path"])).select("path", "sha256")
+
+
+class _Looks:
+    """Processes that look at the manifest's files, beginning before it is known that all of them are there."""
+
+    def __init__(self, config: ExtractConfig, ending: ExitStack) -> None:
+        self._config, self._ending = config, ending
+        self._paths = pl.Series([], dtype=pl.String)
+        self.answers: scouts.Answers | None = None
+
+    def begin(self, paths: pl.Series) -> None:
+        """Look at these, if that is worth it."""
+        config = self._config
+        if config.check == "stat" and len(paths) >= scouts.WORTH_IT and StorePaths(config.store).index.is_file():
+            self._paths = paths
+            self.answers = self._ending.enter_context(closing(scouts.ask("look", paths, max(1, scouts.cores() - 1))))
+
+    def at(self, paths: pl.Series) -> scouts.Records:
+        """(n,) records of the stat of these, each once; those behind links were not yet looked at."""
+        places = self._paths.alias("path").to_frame().with_row_index("place")
+        at = paths.alias("path").to_frame().join(places, on="path", how="left", maintain_order="left")["place"]
+        seen, found = at.is_not_null().to_numpy(), np.zeros(len(paths), scouts.RECORD)
+        found[seen] = scouts.gather(self._paths, self.answers or ())[at.drop_nulls().to_numpy()]
+        found[~seen] = scouts.look(paths.filter(~seen))
+        return found

@@ -29,7 +29,7 @@ from featurecache.crossval import cross_validate
 from featurecache.data.splits import make_splits
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
-from featurecache.errors import FeatureCacheError, InputError
+from featurecache.errors import DependencyError, FeatureCacheError, InputError
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.threshold import choose_threshold
 from featurecache.evaluation.verdict import goodness, ranking_metric
@@ -39,6 +39,7 @@ from featurecache.fitrecord import Beside, target_of
 from featurecache.heads.base import Fold, Head, get_head
 from featurecache.heads.space import Span
 from featurecache.interrupts import Held, held_back
+from featurecache.memory import free_memory
 from featurecache.progress import Reporter, Silent
 from featurecache.run import default_run_path
 
@@ -271,9 +272,9 @@ def tune(
 
 
 def in_memory(dataset: FeatureDataset) -> Features:
-    """The features as one array where they fit into the budget, else as the dataset reads them."""
+    """The features as one array where they fit into the budget, half of what is free by default, else as they are."""
     rows, columns = dataset.features.shape
-    if dataset.memory is not None and 4 * rows * columns > dataset.memory:
+    if 4 * rows * columns > (free_memory() // 2 if dataset.memory is None else dataset.memory):
         return dataset.features
     return ArrayFeatures(dataset.numpy()[0], dataset.blocks)
 
@@ -282,12 +283,12 @@ def import_optuna() -> Any:
     """Optuna, quiet.
 
     Raises:
-        InputError: it is not installed.
+        DependencyError: it is not installed.
     """
     try:
         import optuna
     except ImportError:
-        raise InputError("tuning needs Optuna: pip install 'featurecache[tune]'") from None
+        raise DependencyError("tuning needs Optuna: pip install 'featurecache[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -12,7 +12,7 @@ from featurecache.bodies.engines import ConversionError, fast_precision, load_gr
 from featurecache.bodies.identity import Identity, identify
 from featurecache.bodies.registry import Body, load_body, load_run_body
 from featurecache.bodies.taps import ResolvedTap, Tapped, resolve_taps
-from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, Tap, for_view
+from featurecache.config import ANY_VIEW, AUTO, BodyConfig, ExtractConfig, ManifestConfig, Tap, for_view
 from featurecache.data.readers import get_reader
 from featurecache.data.readers.base import Reader
 from featurecache.data.transforms import Preprocessing
@@ -136,9 +136,15 @@ def view_preprocessing(config: BodyConfig, view: str, body: Body, *, nearest: bo
     return preprocessing
 
 
+def reader_name(config: ManifestConfig, view: str) -> str:
+    """The reader of a view. Where no manifest has decided yet (see `with_readers`), images are what is read."""
+    name = for_view(config.reader, view, AUTO)
+    return "image" if name == AUTO else name
+
+
 def view_reader(config: Any, view: str, body: Body) -> Reader:
     """The reader of a view, asked for as many channels (a text: places) as the body takes."""
-    name = for_view(config.reader, view, "image")
+    name = reader_name(config, view)
     count = "length" if name == "text" else "channels"
     parameters: dict[str, Any] = {count: body.preprocessing.channels}
     if name == "image":
@@ -169,7 +175,7 @@ def set_up_view(config: ExtractConfig, view: str, *, bodies: dict[tuple[Any, ...
     if settings not in bodies:
         bodies[settings] = load_view_body(config, view, seed=config.seed)
     body = bodies[settings]
-    reader = for_view(config.reader, view, "image")
+    reader = reader_name(config, view)
     preprocessing = view_preprocessing(config, view, body, nearest=reader == "mask")
     size = preprocessing.size()
     assert size is not None  # view_preprocessing refuses it

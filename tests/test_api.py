@@ -4,9 +4,11 @@ import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from plugin_joint import write_samples
 from sklearn.metrics import RocCurveDisplay
+from stage_two import write_store
 
 import featurecache as fc
 from featurecache.errors import InputError
@@ -73,3 +75,56 @@ def test_unknown_options_name_the_near_one(tmp_path):
         fc.finetune_joint(tmp_path / "m.csv", epoch=3)
     with pytest.raises(InputError, match=r"unknown option 'batchsize'. Did you mean 'batch_size'"):
         fc.predict(tmp_path / "run", tmp_path / "m.csv", tmp_path / "p.csv", batchsize=3)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A store, and a run on it that is small and quickly made."""
+    folder = tmp_path_factory.mktemp("api")
+    store = write_store(folder, 60, missing=0.0)
+    dataset = fc.FeatureDataset(store, dataset="m", target="label")
+    small = {"max_iter": 50}
+    run = fc.fit_head(dataset, head="logistic", out=folder / "runs" / "one", settings=small, images="none", bootstrap=0)
+    return folder, dataset, run
+
+
+def test_runs_are_compared_and_reported(fitted):
+    folder, dataset, run = fitted
+    other = fc.fit_head(dataset, head="logistic", out=folder / "runs" / "two", images="none", bootstrap=0)
+    found = fc.compare([run, folder / "runs" / "two"], bootstrap=20)
+    assert {row.run for row in found.runs} == {str(run.path), str(other.path)}
+    about = folder / "about.toml"
+    about.write_text('intended_use = "only a test"\n', encoding="utf-8")
+    page = fc.report(run.path, about=about, images=False)
+    assert "only a test" in page.read_text(encoding="utf-8")
+    assert fc.load_run(run.path).record == run.record
+
+
+def test_features_are_explored_and_exported(fitted, tmp_path):
+    _, dataset, run = fitted
+    made = fc.explore(dataset, tmp_path / "explore.html", run=run.path, images="none")
+    assert (made.samples, made.path) == (60, tmp_path / "explore.html")
+    assert "<canvas" in made.path.read_text(encoding="utf-8")
+    path = fc.export(dataset, tmp_path / "f.npz", format="npz")
+    assert np.load(path)["x"].shape == (60, 12)
+
+
+def test_an_ablation(fitted):
+    _, dataset, _ = fitted
+    settings = {"logistic": {"max_iter": 50}}
+    found = fc.ablate(dataset, seeds=1, bootstrap=20, settings=settings, device="cpu", valid=0.2, test=0.2)
+    assert {arm.arm for arm in found.arms} >= {"alone:a", "alone:b", "fused", "shuffled"}
+    with pytest.raises(InputError, match=r"unknown key 'tst'. Did you mean 'test'"):
+        fc.ablate(dataset, tst=0.2)
+
+
+@pytest.mark.slow
+def test_a_search_and_heat_maps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_samples(tmp_path, 40)
+    fc.extract("samples.csv", views={"a": "a", "b": "b"}, body="plugin_joint:tiny", store="cache")
+    out = tmp_path / "run"
+    run = fc.tune("cache", dataset="samples", target="label", trials=2, out=out, images="none", bootstrap=0)
+    assert (run.path / "trials.csv").is_file()
+    made = fc.explain(run, "samples.csv", method="occlusion", samples=1, trust_factory=("plugin_joint:tiny",))
+    assert len(made.samples) == 1

@@ -1,4 +1,6 @@
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
-from featurecache.features import feature_names, present
+from featurecache.features import as_float32, feature_names, present
 from featurecache.reading import choose_mode
 from featurecache.store.store import FeatureStore
 
@@ -147,6 +149,28 @@ def test_dataloader_with_workers_equals_plain_indexing(store, memory):
         batches = list(loader)
         np.testing.assert_array_equal(torch.cat([batch[0] for batch in batches]).numpy(), x)
         np.testing.assert_array_equal(torch.cat([batch[1] for batch in batches]).numpy(), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("memory", ["auto", 10**6, 0])
+def test_a_forked_process_reads_after_its_parent_has(store, memory):
+    """OpenMP would wait there for threads that only the parent has; a DataLoader sees to that, others don't."""
+    dataset = FeatureDataset(store, dataset="m", target="label", memory=memory)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        as_float32(np.ones(10**6, np.float16))  # starts the parent's threads
+        dataset.numpy()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            same = np.array_equal(dataset.numpy()[0], expected(dataset), equal_nan=True)
+            same = same and len(list(dataset.stream(batch_size=16))) == 5
+            os._exit(0 if same and as_float32(np.ones(10**6, np.float16)).all() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_stream_of_a_store_brings_every_sample_with_its_target(store):

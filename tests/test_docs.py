@@ -18,6 +18,7 @@ from PIL import Image
 
 from featurecache.cli import main
 from featurecache.data.shipped import shipped_path
+from featurecache.makers import emoji_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -94,6 +95,14 @@ def xray(folder: Path, n: int = 60) -> None:
     write_csv(folder / "studies.csv", rows)
 
 
+def masks(folder: Path) -> None:
+    """Emoji over photo-like backgrounds with their masks, and a table of other ones."""
+    emoji_masks(folder, n=40, size=64)
+    lines = (folder / "manifest.csv").read_text(encoding="utf-8").splitlines()
+    (folder / "manifest.csv").write_text("\n".join(lines[:33]), encoding="utf-8")
+    (folder / "new.csv").write_text("\n".join([lines[0], *lines[33:]]), encoding="utf-8")
+
+
 def store(folder: Path) -> None:
     """The store that the guide on two views makes."""
     two_view(folder)
@@ -101,7 +110,7 @@ def store(folder: Path) -> None:
         "--body torchvision/squeezenet1_1 --weights shipped --image-size 64 --store-dtype float32")  # fmt: skip
 
 
-NEEDS = {"emoji": emoji, "two-view": two_view, "xray": xray, "store": store}
+NEEDS = {"emoji": emoji, "two-view": two_view, "xray": xray, "store": store, "masks": masks}
 
 
 def run(command: str) -> None:

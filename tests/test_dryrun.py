@@ -38,12 +38,28 @@ def test_a_store_that_does_not_exist(data, tmp_path):
     found = plan(data, tmp_path / "store")
     assert reasons(found) == {"new": 5}
     assert not (tmp_path / "store").exists()
+    size = found.bytes_to_write
+    assert f"write     about {size / 1e6:.1f} MB of features, in whole chunks" in found.lines()
     assert found.to_json() == {
         "dataset": "samples", "samples": 6, "images": 6, "reused": 1, "to_compute": 5, "known_failures": 0,
-        "replicas": 0, "replicas_to_compute": 0, "reasons": {"image": {"new": 5}},
+        "replicas": 0, "replicas_to_compute": 0, "bytes_to_write": size, "reasons": {"image": {"new": 5}},
         "engines": {"image": "torch fp32 (as given)"}, "duplicates_across_splits": [],
     }  # fmt: skip
-    assert counts(run(data, tmp_path / "store")) == (5, 1, 0), "what was said is what is done"
+    done = run(data, tmp_path / "store")
+    assert counts(done) == (5, 1, 0), "what was said is what is done"
+    assert done.bytes_written == size > 0, "the one chunk is written whole"
+    assert plan(data, tmp_path / "store").bytes_to_write == 0
+
+
+def test_bytes_to_write_are_those_of_whole_chunks(data, tmp_path):
+    store, options = tmp_path / "store", {"rows_per_chunk": 4}
+    assert plan(data, store, **options).bytes_to_write == run(data, store, **options).bytes_written  # 4 + 2 rows
+    for number in range(3):
+        image(60 + number).save(data.parent / f"more{number}.png")
+    more = [{"sample_id": f"m{n}", "label": 0, "image": f"more{n}.png"} for n in range(3)]
+    write_manifest(data, [*read_rows(data), *more])
+    size = plan(data, store, **options).bytes_to_write  # 2 + 3 rows: those of the partial chunk are written anew
+    assert size == 2 * run(data, store, **options).bytes_written
 
 
 def test_what_changed_and_why(data, tmp_path):

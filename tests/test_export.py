@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import polars as pl
 import pytest
@@ -6,6 +8,7 @@ from stage_two import WIDTH, command, write_store
 
 from featurecache import export as module
 from featurecache.dataset import FeatureDataset
+from featurecache.errors import DependencyError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,12 @@ def test_xarray_has_named_dimensions(dataset):
     np.testing.assert_array_equal(found["a.layer4@avg"].sel(sample=name), dataset.numpy()[0][7, :WIDTH])
     assert found["label"].sel(sample=name) == "yes"
     assert isinstance(found, xarray.Dataset)
+
+
+def test_without_xarray_the_extra_is_named(dataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(DependencyError, match=r"pip install 'featurecache\[xarray\]'"):
+        dataset.xarray()
 
 
 def test_xarray_of_taps_of_other_sizes_and_other_targets(store):

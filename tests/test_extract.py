@@ -327,11 +327,12 @@ def free(monkeypatch, size: int) -> None:
 
 
 def test_a_full_disk_is_refused_before_it_is_full(data, tmp_path, monkeypatch):
-    free(monkeypatch, 6 * 12 - 1)  # six images of three float32
-    with pytest.raises(StoreError, match=r"6 images at 12 bytes need 0\.00 GB, but .* GB are free where .*store lies"):
+    needed = 4096 * (12 + 32) + 2 * 4  # six images of three float32 are a chunk, as are their keys
+    free(monkeypatch, needed - 1)
+    with pytest.raises(StoreError, match=r"6 images at 12 bytes need 0\.00 GB in whole chunks, but .* GB are free wh"):
         run(data, tmp_path / "store")
     assert recipe_ids(tmp_path / "store") == []
-    free(monkeypatch, 6 * 12)
+    free(monkeypatch, needed)
     run(data, tmp_path / "store")
     free(monkeypatch, 0)  # nothing is new, though everything is read
     assert counts(run(data, tmp_path / "store", check="content")) == (0, 6, 0)
@@ -343,7 +344,7 @@ class Notes:
         self.totals: dict[str, int | None] = {}
         self.done: dict[str, int] = {}
 
-    def begin(self, task, total, unit="images"):
+    def begin(self, task, total, unit="images", *, done=0):
         self.totals[task], self.done[task] = total, 0
 
     def advance(self, task, n=1, *, status=""):
@@ -360,7 +361,7 @@ def test_progress_counts_what_is_to_do(data, tmp_path):
     reporter = Notes()
     extract(config(data, tmp_path / "store"), reporter)
     assert reporter.totals == reporter.done == {"image": 6}
-    assert reporter.notes == ["image: 6 images to do, about 0.0 MB of features to write"]
+    assert reporter.notes == ["image: 6 images to do, about 0.2 MB of features to write"]
 
 
 def test_a_tap_that_is_dearer_to_read_than_to_compute(data, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_run_records_what_it_was_made_from(dataset, tmp_path):
     assert record["target_config"] == {"target": ["label"], "task": "auto", "uncertain": {}}
     assert {view: read_recipe(entry) for view, entry in record["recipes"].items()} == dataset.recipes
     assert record["recipes"]["a"]["digest"] == dataset.recipes["a"].digest
-    assert heard.told[0] == ("fit xgboost", "steps")
+    assert heard.told[0] == ("fit xgboost", "rounds")
     assert len(heard.told) == 5
     assert run.history.height == 4
     assert run.metrics["test"]["roc_auc"] > 0.7

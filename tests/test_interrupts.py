@@ -1,9 +1,31 @@
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from featurecache.interrupts import Interrupted, held_back
+from featurecache import interrupts
+from featurecache.interrupts import Interrupted, held_back, interrupt_once
+
+
+def test_the_second_signal_breaks_nothing(capfd):
+    handle = interrupt_once()
+    with pytest.raises(KeyboardInterrupt):
+        handle(signal.SIGINT, None)
+    for _ in range(3):
+        handle(signal.SIGTERM, None)
+    assert capfd.readouterr().err == interrupts.ENDING, "said once"
+
+
+def test_what_hangs_is_ended_after_a_while():
+    code = (
+        "import signal, time\nfrom featurecache import interrupts\ninterrupts.PATIENCE = 0.01\n"
+        "handle = interrupts.interrupt_once()\n"
+        "try:\n    handle(2, None)\nexcept KeyboardInterrupt:\n    time.sleep(0.05)\n    handle(2, None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, interrupts.ENDED)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

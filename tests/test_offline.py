@@ -3,7 +3,7 @@ import sys
 
 import pytest
 from extract_kit import features, run, write_images
-from stage_two import TRUST, TWO, write_home
+from stage_two import TRUST, TWO, command, write_home
 
 import featurecache as fc
 
@@ -31,7 +31,7 @@ def refused(monkeypatch):
 
 
 def test_nothing_is_sent_anywhere(tmp_path, refused):
-    """Extract, fit, joint training, predict and report with every socket refused."""
+    """Extract, fit, joint training, predict, report, explore and explain with every socket refused."""
     home = write_home(tmp_path, runs=("head", "joint"))
     dataset = fc.FeatureDataset(home / "cache", dataset="samples", target="label", views=list(TWO))
     for head in ("fc", "logistic", "xgboost"):
@@ -41,6 +41,13 @@ def test_nothing_is_sent_anywhere(tmp_path, refused):
         assert "<html" in report.read_text(encoding="utf-8")
         scored = fc.predict(home / "runs" / name, home / "new/samples.csv", tmp_path / f"{name}.csv", **TRUST)
         assert len(scored.sample_ids) > 0
+    factories = [word for name in TRUST["body"]["trust_factory"] for word in ("--trust-factory", name)]
+    for words in (
+        ("explore", home / "cache", "--dataset", "samples", "--run", home / "runs/head", "--out", tmp_path / "e.html"),
+        ("explain", home / "runs/head", home / "new/samples.csv", "--samples", 1, *factories),
+    ):
+        done = command(*words)
+        assert done.status == 0, done.err
     assert refused == []
 
 

@@ -27,7 +27,7 @@ TINY = {
     "spatial": {**JOINT, "data.options.n": 80, "joint.image_size": 64},
     "cnn-learner": {**COMMON, **JOINT, "data.options.n": 90, "fit.settings.epochs": 2},
     "siamese": {**JOINT, "data.options.n": 24, "joint.image_size": 64},
-    "bitmoji-like": {**COMMON, **JOINT, **FC, "data.options.n": 60},
+    "bitmoji-like": {**COMMON, **JOINT, **FC, "data.options.n": 60, "joint.image_size": 64},
     "histopathology": {**{k: v for k, v in COMMON.items() if "size" not in k}, **JOINT, **FC, "data.options.n": 240},
     "tuning": {**COMMON, "data.options.n": 80, "fit.settings.epochs": 2, "tune.trials": 2, "tune.bootstrap": 20,
                "tune.fc-tuned.settings.epochs": 2},
@@ -36,6 +36,7 @@ TINY = {
     "four-channel": {**COMMON, "data.options.n": 80},
     "out-of-the-box": {"data.options.n": 6, "classify.images": 3},
     "mimic-like": {**COMMON, "data.options.n": 90, "fit.settings.epochs": 2},
+    "unet": {**COMMON, **JOINT, "data.options.n": 40, "fit.settings.epochs": 2},
 }  # fmt: skip
 
 

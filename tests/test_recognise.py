@@ -11,6 +11,7 @@ from extract_kit import config, counts, features, image, run, settle, write_imag
 from PIL import Image
 
 from featurecache import extraction, recognise, scouts
+from featurecache import survey as survey_module
 from featurecache.data.manifest import read_manifest
 from featurecache.dryrun import plan_extract
 from featurecache.errors import CorruptionError, InputError
@@ -166,6 +167,40 @@ def test_a_survey_finds_what_the_store_would(data, monkeypatch):
         assert survey.unchanged() is None
     with Survey(stage.model_copy(update={"store": data.parent / "none"})) as survey:
         assert survey.unchanged() is None
+
+
+def test_a_survey_finds_what_lies_behind_links(data, monkeypatch):
+    """They are looked at early where they are written to be, and once more where they are."""
+    folder = data.parent
+    (folder / "real").mkdir()
+    for i in range(5):
+        (folder / f"image{i:04d}.png").rename(folder / "real" / f"{i}.png")
+        (folder / f"image{i:04d}.png").symlink_to(folder / "real" / f"{i}.png")
+    settle()
+    again(data, check="content")
+    replace_image(folder / "real" / "3.png", 99)
+    stage = config(data, folder.parent / "store")
+    with Survey(stage) as survey, FeatureStore(stage.store) as store:
+        files = survey.unchanged()
+        assert unchanged(present_cells(survey.manifest().cells), store, files).known.tolist() == [
+            i != 3 for i in range(N)
+        ]
+
+
+def test_files_are_looked_at_before_the_manifest_is_read(data, monkeypatch):
+    asked, read = [], []
+    real_ask, real_read = scouts.ask, survey_module.read_manifest
+    monkeypatch.setattr(scouts, "ask", lambda *given: asked.append(len(read)) or real_ask(*given))
+
+    def read_manifest(*given, **named):
+        found = real_read(*given, **named)
+        read.append(found)
+        return found
+
+    monkeypatch.setattr(survey_module, "read_manifest", read_manifest)
+    with Survey(config(data, data.parent.parent / "store")) as survey:
+        assert survey.unchanged() is not None
+    assert (asked, len(read)) == ([0], 1)
 
 
 def test_what_is_wrong_is_told_by_whom_it_concerns(data):

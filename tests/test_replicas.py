@@ -231,6 +231,7 @@ def test_the_command(manifest, tmp_path, capsys):
     assert (json_of(out)["to_compute"], json_of(out)["replicas_to_compute"]) == (0, N)
     status, out, _ = main("info", tmp_path / "store", capsys=capsys)
     assert f"{2 * N} rows of replicas, {BODY}" in out
+    assert "            image: 2 replicas of each, recipe " in out
 
 
 # ---- what is trained on ----------------------------------------------------------------------------------------------

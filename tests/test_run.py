@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,15 @@ def test_predictions_survive_the_file_exactly(tmp_path, task):
     for name in ("true", "scores", "sample_ids", "groups", "splits", "views"):
         np.testing.assert_array_equal(getattr(read, name), getattr(made, name))
     assert read.true.dtype == made.true.dtype
+
+
+def test_labels_may_hold_whatever_a_table_can(tmp_path):
+    classes = ('a "quoted", one', '<b>"</b>\n日本', '""')
+    made = replace(predictions("multiclass"), classes=classes)
+    made.table().write_csv(tmp_path / "predictions.csv")
+    read = read_predictions(tmp_path, {"task": "multiclass", "targets": made.names, "classes": classes})
+    np.testing.assert_array_equal(read.scores, made.scores)
+    np.testing.assert_array_equal(read.true, made.true)
 
 
 def test_columns_of_predictions(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,12 +16,12 @@ from stage_two import command, quick, read_table, samples, write_store, write_ta
 
 from featurecache.config import FitConfig
 from featurecache.dataset import FeatureDataset
-from featurecache.errors import InputError
+from featurecache.errors import DependencyError, InputError
 from featurecache.fit import fit_head
 from featurecache.heads.base import get_head, head_names
 from featurecache.heads.space import Span
 from featurecache.progress import Silent
-from featurecache.tune import tune
+from featurecache.tune import in_memory, tune
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +69,13 @@ def test_the_run_is_the_one_that_fit_head_makes_of_the_best_settings(store, tmp_
     assert run.record["tuning"] == {"trials": 6, "metric": "accuracy", "chosen_on": "valid", "nested": False}
     assert "trials.csv" in run.files
     assert search.storage == tmp_path / "run.trials.jsonl"
+
+
+def test_features_for_which_there_is_no_room_stay_where_they_are(store, monkeypatch):
+    dataset = FeatureDataset(store, dataset="m", target="kind")
+    assert in_memory(dataset) is not dataset.features
+    monkeypatch.setattr(sys.modules[in_memory.__module__], "free_memory", lambda: 1000)
+    assert in_memory(dataset) is dataset.features
 
 
 def test_an_interrupted_search_goes_on_where_it_was(store, tmp_path):
@@ -210,6 +218,12 @@ def test_what_can_not_be_tuned(store, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="already exists"):
         tune(config(store, tmp_path / "there"), trials=1)
+
+
+def test_without_optuna_the_extra_is_named(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(DependencyError, match=r"pip install 'featurecache\[tune\]'"):
+        tune(config(store, tmp_path / "run"), trials=1)
 
 
 def test_the_command(store, tmp_path):

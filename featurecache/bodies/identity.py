@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featurecache.bodies.program import describe_module, foreign_modules, sources, update_tensor
+from featurecache.bodies.program import describe_module, update_tensor
 from featurecache.bodies.registry import FACTORY, Body
+from featurecache.bodies.sources import foreign_modules, sources
 from featurecache.bodies.tapped import ResolvedTap, Tapped
 from featurecache.bodies.taps import dummy
 

@@ -1,36 +1,31 @@
 """What a module computes beside its tensors, as plain values: settings, source of foreign classes, hidden state.
 
-This file is long because how a value is described and whose text counts hold each other up: what the one leaves out,
-the other must cover.
+What it leaves out of a class that has a text, `sources` covers by that text.
 """
 
 from __future__ import annotations
 
-import ast
 import copyreg
 import enum
-import functools
 import hashlib
-import importlib.machinery
 import inspect
 import re
 import sys
-import sysconfig
 import types
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from featurecache.bodies.sources import is_foreign, module_text
 from featurecache.errors import InputError
 
-LIBRARIES = frozenset({"torch", "torchvision", "timm", "builtins", "featurecache"})
-# Labels, training-time and environment-dependent choices: none changes what a class of these libraries computes in
-# inference. Any other class may use attributes of these names as it likes.
+# Labels, training-time and environment-dependent choices: none changes what a class of torch, torchvision or
+# timm computes in inference. Any other class may use attributes of these names as it likes.
 IGNORED = frozenset(
     {"training", "preprocessing", "categories", "num_classes", "pretrained_cfg", "default_cfg", "feature_info"}
     | {"fused_attn", "grad_checkpointing"}
@@ -41,19 +36,6 @@ _DEPTH = 6  # for classes of the libraries, whose own names say most
 _STRICT_DEPTH = 100
 _FUNCTIONS = (types.FunctionType, classmethod, staticmethod)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
-
-
-def is_foreign(module: str) -> bool:
-    """Whether code of this (Python) module is not that of torch, torchvision, timm, featurecache or Python itself."""
-    top = module.partition(".")[0]
-    return top not in LIBRARIES and not (top in sys.stdlib_module_names and _is_standard(top))
-
-
-@functools.cache
-def _is_standard(top: str) -> bool:
-    """Whether this name is that of the standard library here, not of a user's file that hides it."""
-    file = getattr(sys.modules.get(top), "__file__", None)
-    return file is None or not _is_own(top)
 
 
 def tensor_digest(x: Tensor) -> str:
@@ -103,7 +85,7 @@ def describe_module(module: nn.Module, tree: Mapping[int, str] | None = None) ->
     hooks = [
         _Describer(f"a hook of {name}", tree, strict=is_foreign(_module_of(hook)))(hook)
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if not _module_of(hook).startswith("featurecache")  # ours only observe, or keep modules frozen
+        if not _module_of(hook).startswith("featurecache")  # ours only observe
     ]
     code = _Describer(name, tree, strict=True).class_code(kind)
     graph = module.code if isinstance(module, fx.GraphModule | torch.jit.ScriptModule) else None
@@ -246,7 +228,7 @@ class _Describer:
         return {
             f"{base.__module__}.{base.__qualname__}.{name}": self(value)
             for base in kind.__mro__
-            if is_foreign(base.__module__) and not _text(base.__module__)
+            if is_foreign(base.__module__) and not module_text(base.__module__)
             for name, value in sorted(vars(base).items())
             if not isinstance(value, _SLOTS)
             and name != "_abc_impl"
@@ -286,7 +268,7 @@ class _Describer:
 
     def _globals(self, function: types.FunctionType, defined: str) -> dict[str, Any]:
         """What a function uses of a module that has no text."""
-        if _text(defined):
+        if module_text(defined):
             return {}
         names = set(_names(function.__code__)) & function.__globals__.keys()
         return {name: self(function.__globals__[name]) for name in sorted(names)}
@@ -305,118 +287,3 @@ def _is_filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def foreign_modules(module: nn.Module) -> set[str]:
-    """Python modules that define the foreign classes of a network, their bases included."""
-    return {
-        base.__module__ for child in module.modules() for base in type(child).__mro__ if is_foreign(base.__module__)
-    }
-
-
-def sources(names: Iterable[str], packages: Iterable[str] = ()) -> dict[str, str]:
-    """SHA-256 of the text of Python modules, and of those that they import in turn, if these are the user's own.
-
-    What is installed (site-packages, the standard library) is not followed, so that installing a package changes
-    nothing, but for `packages`. Where a file lies does not count, its text does.
-
-    Args:
-        names: dotted names of modules.
-        packages: top-level packages whose modules are followed wherever they are: the plug-in's own.
-    """
-    packages = {name.partition(".")[0] for name in packages}
-    found: dict[str, str] = {}
-    waiting = sorted(set(names))
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        text = _text(name)
-        found[name] = hashlib.sha256(text).hexdigest()
-        for used in sorted(_imported(name, text) | _loaded(name)):
-            top = used.partition(".")[0]
-            if used not in found and is_foreign(used) and (top in packages or _is_own(top)) and _exists(used):
-                waiting.append(used)
-    return dict(sorted(found.items()))
-
-
-def _imported(name: str, text: bytes) -> set[str]:
-    """What the import statements of a module name, its functions' too: modules, and perhaps things in them."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # compiled code
-        return set()
-    spec = _spec(name)
-    package = name if spec is not None and spec.submodule_search_locations is not None else name.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found - {""}
-
-
-def _loaded(name: str) -> set[str]:
-    """Modules of what a loaded module holds; its submodules don't count, which anybody's import puts there."""
-    found = set()
-    for key, value in list(vars(sys.modules[name]).items()) if name in sys.modules else []:
-        used = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-        if isinstance(used, str) and used != f"{name}.{key}":
-            found.add(used)
-    return found
-
-
-def _exists(name: str) -> bool:
-    return name in sys.modules or _spec(name) is not None
-
-
-def _spec(name: str) -> importlib.machinery.ModuleSpec | None:
-    """Where a module is, whether it is loaded or not; nothing is imported to find out."""
-    spec, path = None, None
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        inner = ".".join(parts[:end])
-        if inner in sys.modules:
-            spec = getattr(sys.modules[inner], "__spec__", None)
-        else:
-            spec = importlib.machinery.PathFinder.find_spec(inner, path)
-        path = spec.submodule_search_locations if spec is not None else None
-        if path is None and end < len(parts):
-            return None
-    return spec
-
-
-def _file(name: str) -> Path | None:
-    spec = _spec(name)
-    for file in (getattr(sys.modules.get(name), "__file__", None), spec.origin if spec is not None else None):
-        if isinstance(file, str) and Path(file).is_file():
-            return Path(file)
-    return None
-
-
-def _text(name: str) -> bytes:
-    """Content of a module's file; b"" where there is none (a notebook, a console)."""
-    file = _file(name)
-    if file is not None:
-        return file.read_bytes().replace(b"\r\n", b"\n")
-    try:
-        return inspect.getsource(sys.modules[name]).encode()  # in a zip archive
-    except (KeyError, OSError, TypeError):
-        return b""
-
-
-def _is_own(name: str) -> bool:
-    """Whether a top-level module or package is neither installed nor Python's own."""
-    spec = _spec(name)
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    file = _file(name) or (Path(places[0]) if places else None)
-    if file is None:
-        return False
-    path = file.resolve()
-    if {"site-packages", "dist-packages"} & set(path.parts):
-        return False
-    installed = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not any(path.is_relative_to(Path(place).resolve()) for place in installed if place)

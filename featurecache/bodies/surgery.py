@@ -1,4 +1,4 @@
-"""Changes to a body: input channels, freezing that lasts, parameter groups, folding, recomputed or compiled blocks."""
+"""What joint training does to a body: parameter groups, blocks that are recomputed or compiled."""
 
 from __future__ import annotations
 
@@ -6,51 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from featurecache.bodies.channels import adapt_channels
-from featurecache.bodies.folding import fold_batchnorm
 from featurecache.errors import InputError
-
-__all__ = [
-    "adapt_channels", "blocks", "checkpointed", "compiled", "fold_batchnorm", "freeze", "freeze_batchnorm",
-    "parameter_groups", "unfreeze",
-]  # fmt: skip
-
-
-def stay_in_eval(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a frozen module: undoes a `train()` that reached it from above."""
-    module.training = False
-
-
-def freeze(module: nn.Module) -> None:
-    """Fix everything that a forward pass in training could move: no gradients, no dropout, no BatchNorm statistics.
-
-    It lasts: when a parent is set to `train()`, each frozen module goes back to eval mode before it runs.
-    """
-    module.requires_grad_(False)
-    _hold(module.modules())
-
-
-def freeze_batchnorm(module: nn.Module) -> None:
-    """Keep only the BatchNorm layers in eval mode for good; their scale and shift still learn."""
-    _hold(child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm))
-
-
-def unfreeze(module: nn.Module, *, batchnorm: bool = False) -> None:
-    """Let the parameters learn again; BatchNorm layers stay in eval mode unless `batchnorm` is set."""
-    module.requires_grad_(True)
-    for child in module.modules():
-        if batchnorm or not isinstance(child, nn.modules.batchnorm._BatchNorm):
-            for key in [key for key, hook in child._forward_pre_hooks.items() if hook is stay_in_eval]:
-                del child._forward_pre_hooks[key]
-
-
-def _hold(modules: Iterator[nn.Module]) -> None:
-    for child in modules:
-        child.training = False
-        if stay_in_eval not in child._forward_pre_hooks.values():
-            child.register_forward_pre_hook(stay_in_eval)
 
 
 def parameter_groups(module: nn.Module, n: int) -> list[list[nn.Parameter]]:
@@ -134,8 +94,6 @@ def checkpointed(units: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def compiled(units: Iterable[nn.Module], **options: Any) -> Iterator[None]:
     """Within it the modules run through torch.compile; hooks on a module itself still fire."""
-    import torch
-
     with _replaced(units, lambda module: torch.compile(module.forward, **options)):
         yield
 
@@ -154,8 +112,6 @@ def _replaced(units: Iterable[nn.Module], make: Callable[[nn.Module], Callable[.
 
 
 def _recomputed(module: nn.Module) -> Callable[..., Any]:
-    from torch.utils.checkpoint import checkpoint
-
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -29,7 +31,7 @@ from featurecache.cli import (
     stores,
     tune,
 )
-from featurecache.cli.output import DONE, INTERRUPTED, WRONG, print_json
+from featurecache.cli.output import DONE, WRONG, describe, print_json
 
 app = typer.Typer(
     name="featurecache",
@@ -38,30 +40,56 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Start with: featurecache demo",
 )
-app.command("demo", epilog=demo.EPILOG)(demo.demo)
-app.command("extract", epilog=extract.EPILOG)(extract.extract)
-app.command("fit-head", epilog=heads.EPILOG)(heads.fit_head)
-app.command("finetune-joint", cls=jointoptions.JointCommand, epilog=joint.EPILOG)(joint.finetune_joint)
-app.command("predict", epilog=predict.PREDICT_EPILOG)(predict.predict)
-app.command("evaluate", epilog=predict.EVALUATE_EPILOG)(predict.evaluate)
-app.command("report", epilog=report.EPILOG)(report.report)
-app.command("compare", epilog=compare.EPILOG)(compare.compare)
-app.command("ablate", epilog=ablate.EPILOG)(ablate.ablate)
-app.command("tune", epilog=tune.EPILOG)(tune.tune)
-app.command("explain", epilog=explain.EXPLAIN_EPILOG)(explain.explain)
-app.command("show-features", epilog=explain.SHOW_EPILOG)(explain.show_features)
-app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
-app.command("explore", epilog=explore.EPILOG)(explore.explore)
-app.command("init", epilog=init.EPILOG)(init.init)
-app.command("pipeline", epilog=pipeline.EPILOG)(pipeline.pipeline)
-app.command("export", epilog=export.EPILOG)(export.export)
-app.command("info", epilog=stores.INFO_EPILOG)(stores.info)
-app.command("verify", epilog=stores.VERIFY_EPILOG)(stores.verify)
-app.command("rm", epilog=maintenance.RM_EPILOG)(maintenance.rm)
-app.command("prune", epilog=maintenance.PRUNE_EPILOG)(maintenance.prune)
-app.command("forget", epilog=maintenance.FORGET_EPILOG)(maintenance.forget)
-app.command("compact", epilog=maintenance.COMPACT_EPILOG)(maintenance.compact)
-app.add_typer(bodies.app, name="bodies")
+# The commands in the order in which they are used, by panels of the help.
+COMMANDS: dict[str, list[tuple[str, Callable[..., None], str]]] = {
+    "Start": [
+        ("demo", demo.demo, demo.EPILOG),
+        ("init", init.init, init.EPILOG),
+        ("doctor", doctor.doctor, doctor.EPILOG),
+        ("pipeline", pipeline.pipeline, pipeline.EPILOG),
+    ],
+    "Extract features": [
+        ("extract", extract.extract, extract.EPILOG),
+        ("show-features", explain.show_features, explain.SHOW_EPILOG),
+    ],
+    "Fit models": [
+        ("fit-head", heads.fit_head, heads.EPILOG),
+        ("finetune-joint", joint.finetune_joint, joint.EPILOG),
+        ("tune", tune.tune, tune.EPILOG),
+    ],
+    "Predict, measure, look": [
+        ("predict", predict.predict, predict.PREDICT_EPILOG),
+        ("evaluate", predict.evaluate, predict.EVALUATE_EPILOG),
+        ("compare", compare.compare, compare.EPILOG),
+        ("ablate", ablate.ablate, ablate.EPILOG),
+        ("report", report.report, report.EPILOG),
+        ("explain", explain.explain, explain.EXPLAIN_EPILOG),
+        ("explore", explore.explore, explore.EPILOG),
+    ],
+    "Look after a store": [
+        ("info", stores.info, stores.INFO_EPILOG),
+        ("verify", stores.verify, stores.VERIFY_EPILOG),
+        ("export", export.export, export.EPILOG),
+        ("rm", maintenance.rm, maintenance.RM_EPILOG),
+        ("prune", maintenance.prune, maintenance.PRUNE_EPILOG),
+        ("forget", maintenance.forget, maintenance.FORGET_EPILOG),
+        ("compact", maintenance.compact, maintenance.COMPACT_EPILOG),
+    ],
+}
+OWN_CLASSES = {"finetune-joint": jointoptions.JointCommand}
+
+
+def prose(function: Callable[..., None]) -> str:
+    """A docstring with a line a paragraph, for a terminal of any width to wrap."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (inspect.getdoc(function) or "").split("\n\n"))
+
+
+for panel, entries in COMMANDS.items():
+    for name, function, epilog in entries:
+        app.command(
+            name, cls=OWN_CLASSES.get(name), help=prose(function), epilog=epilog, rich_help_panel=panel
+        )(function)  # fmt: skip
+app.add_typer(bodies.app, name="bodies", rich_help_panel="Extract features")
 
 
 @app.callback(invoke_without_command=True)
@@ -86,8 +114,9 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     try:
         status = app(prog_name="featurecache", standalone_mode=False)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except KeyboardInterrupt as error:  # before a command began
+        message, status = describe(error)
+        print(message, file=sys.stderr)
     except Exception as error:
         status = wrong_use(error)
     sys.exit(status or DONE)

@@ -61,7 +61,7 @@ def ablate(
     debug: Debug = False,
 ) -> None:
     """Fit heads on each view alone, fused, late-fused and with shuffled partners; say whether joining views helps."""
-    with command("ablate", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("ablate", as_json=as_json, quiet=quiet, debug=debug, journals=(store, run)) as output:
         heads = list(opt.listed(head))
         if not heads:
             raise InputError(f"--head {head!r}: name a head, or several, separated by commas")

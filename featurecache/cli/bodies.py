@@ -10,7 +10,11 @@ import typer
 from featurecache.cli import options as opt
 from featurecache.cli.output import Debug, Json, Quiet, command
 
-app = typer.Typer(help="List bodies, and show what can be tapped in one.", no_args_is_help=True)
+app = typer.Typer(
+    help="List bodies, and show what can be tapped in one.",
+    no_args_is_help=True,
+    epilog="Example: featurecache bodies list resnet; featurecache bodies show torchvision/resnet18",
+)
 LIST_EPILOG = "Example: featurecache bodies list densenet"
 SHOW_EPILOG = "Example: featurecache bodies show torchvision/densenet121 --image-size 224"
 

@@ -20,7 +20,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Extract two views of the embedded emoji, fit three heads, fine-tune jointly, compare, write a report. Offline."""
-    with command("demo", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("demo", as_json=as_json, quiet=quiet, debug=debug, journals=(out / "store",)) as output:
         from featurecache.demo import run_demo
 
         with reporter(quiet=quiet) as progress:

@@ -54,7 +54,7 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Draw per sample all views side by side with the heat map for a class; `report` takes them over."""
-    with command("explain", as_json=as_json, quiet=quiet, debug=debug) as result:
+    with command("explain", as_json=as_json, quiet=quiet, debug=debug, journals=(run,)) as result:
         from featurecache.newsamples import NewSamples
         from featurecache.reporting.explain import explain as draw
         from featurecache.run import load_run
@@ -92,10 +92,8 @@ def explain(
         result.figures = {"folder": str(made.folder), "method": method.value, "samples": made.samples}
         for entry in made.samples:
             place = entry["hottest"]
-            result.text(
-                f"{made.folder / entry['file']}: {entry['class']} {entry['score']:.3g}, "
-                f"hottest in {place['view']} at {place['x']}, {place['y']}"
-            )
+            where = f"hottest in {place['view']} at {place['x']}, {place['y']}" if place else "no part speaks for it"
+            result.text(f"{made.folder / entry['file']}: {entry['class']} {entry['score']:.3g}, {where}")
         result.text("A heat map shows what the score hangs on, not why, and not whether that is right.")
         result.next = f"look at {made.folder}" if out else f"featurecache report {run} shows them in the report, too"
 
@@ -107,7 +105,7 @@ def show_features(
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("features.png"),
     weights: Annotated[str, typer.Option(help="DEFAULT, shipped, none, or a file.")] = "DEFAULT",
     view: Annotated[str | None, typer.Option(help="Which body of a run.")] = None,
-    reader: Annotated[str, typer.Option(help="Of the file.")] = "image",
+    reader: Annotated[str, typer.Option(help="Of the file; auto: as it is.")] = "auto",
     image_size: Annotated[int | None, typer.Option(help="Default: what the body expects.")] = None,
     most: Annotated[int, typer.Option(help="How many channels, the strongest first.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,

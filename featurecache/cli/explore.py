@@ -79,7 +79,7 @@ def explore(
     debug: Debug = False,
 ) -> None:
     """Draw a map of the cached features: look at samples, their neighbours, near-duplicates and likely label errors."""
-    with command("explore", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("explore", as_json=as_json, quiet=quiet, debug=debug, journals=(store, run)) as output:
         from dataclasses import asdict
 
         from featurecache.dataset import FeatureDataset

@@ -39,7 +39,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the features of a dataset with sample ids and the manifest's columns, a row per sample."""
-    with command("export", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("export", as_json=as_json, quiet=quiet, debug=debug, journals=(store,)) as output:
         from featurecache.dataset import FeatureDataset
         from featurecache.export import export as write
 

@@ -102,7 +102,9 @@ def extract(
     replace: Annotated[
         bool, typer.Option("--replace", help="Give the name to another manifest.", rich_help_panel=STORE)
     ] = False,
-    store_dtype: Annotated[StoreDtype, typer.Option(rich_help_panel=STORE)] = StoreDtype.float16,
+    store_dtype: Annotated[
+        StoreDtype, typer.Option(help="Numbers in the store; float32 takes twice the space.", rich_help_panel=STORE)
+    ] = StoreDtype.float16,
     codec: Annotated[Codec, typer.Option(help="Features hardly compress.", rich_help_panel=STORE)] = Codec.none,
     rows_per_chunk: Annotated[
         int | None, typer.Option(help="Default: about 8 MiB a chunk.", rich_help_panel=STORE)
@@ -141,7 +143,7 @@ def extract(
     debug: Debug = False,
 ) -> None:
     """Run the bodies over the images of every view and keep what they see in a store; only what is new is computed."""
-    with command("extract", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("extract", as_json=as_json, quiet=quiet, debug=debug, journals=() if dry_run else (store,)) as output:
         from featurecache.config import ExtractConfig
 
         params = ctx.params

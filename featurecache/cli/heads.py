@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Example: featurecache fit-head cache --dataset manifest --target label --head xgboost --set max_bin=32 "
-    "--out runs/xgb"
+    "--out runs/xgb. Masks: featurecache fit-head cache --dataset manifest --target mask --head decoder --tap layer1 "
+    "--tap layer2 --tap layer4"
 )
-SHOWN = ("accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1_macro", "log_loss", "r2", "rmse")
+SHOWN = (
+    "iou", "dice", "pixel_accuracy", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1_macro",
+    "log_loss", "r2", "rmse",
+)  # fmt: skip
 
 
 def fit_head(
@@ -40,6 +44,7 @@ def fit_head(
     replicas: two.ReplicasOption = "all",
     task: opt.TaskOption = opt.TaskChoice.auto,
     uncertain: opt.Uncertain = None,
+    masks: opt.MasksOption = opt.MasksChoice.grey,
     split: opt.Split = "auto",
     group: opt.Group = None,
     seed: two.Seed = 0,
@@ -58,7 +63,7 @@ def fit_head(
     debug: Debug = False,
 ) -> None:
     """Train a head on cached features of all views, and write a run with metrics, predictions and report."""
-    with command("fit-head", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("fit-head", as_json=as_json, quiet=quiet, debug=debug, journals=(store,)) as output:
         config = two.fit_config(ctx.params, "fit-head")
         from featurecache.crossval import fit_from_config
 
@@ -80,6 +85,7 @@ def show_run(output: Output, run: Run) -> None:
     path = short_path(run.path)
     cv = run.record.get("cv") or {}
     output.outputs = [path]
+    output.journals.append(run.path)
     output.failed = list(run.record.get("failed", ()))
     output.figures = {
         "run": path,

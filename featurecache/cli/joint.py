@@ -11,11 +11,12 @@ import typer
 
 from featurecache.cli import jointoptions as net
 from featurecache.cli import options as opt
+from featurecache.cli import stagetwo as two
 from featurecache.cli.heads import show_run
 from featurecache.cli.output import Debug, Json, Quiet, command, typed_command
 from featurecache.cli.progress import reporter
 
-TRAIN, SCHEDULE, ENGINE = "Training", "Schedule", "Engine and checkpoints"
+SCHEDULE, ENGINE = "Schedule", "Engine and checkpoints"
 EPILOG = (
     "Example: featurecache fit-head cache --dataset manifest --target label --head fc --out runs/fc, then "
     "featurecache finetune-joint manifest.csv --init runs/fc --epochs 5 --out runs/joint"
@@ -53,9 +54,11 @@ def finetune_joint(
     init: Annotated[
         Path | None,
         typer.Option(
-            help="A fitted fc run to start from; brings views, bodies, target and split.", rich_help_panel=TRAIN
+            help="A fitted fc or decoder run to start from: its views, bodies, target, split.",
+            rich_help_panel=net.TRAIN,
         ),
     ] = None,
+    head: net.HeadOption = net.HeadChoice.fc,
     share_bodies: net.ShareBodies = net.Share.none,
     stem: net.Stem = None,
     fusion: net.Fusion = "concat",
@@ -104,28 +107,30 @@ def finetune_joint(
     ] = None,
     view_dropout: Annotated[
         float | None,
-        typer.Option(help="Chance that a view is hidden in training; 0.1, with --init 0.", rich_help_panel=TRAIN),
+        typer.Option(help="Chance that a view is hidden in training; 0.1, with --init 0.", rich_help_panel=net.TRAIN),
     ] = None,
     augment: Annotated[
         list[str] | None,
         typer.Option(
             metavar="A,B or VIEW=A,B",
             help="crop, flip, vflip, rotate, colour, mixup, cutmix; none. Default crop,flip.",
-            rich_help_panel=TRAIN,
+            rich_help_panel=net.TRAIN,
         ),
     ] = None,
+    augment_column: net.AugmentColumn = None,
     setting: opt.SetOption = None,
     task: opt.TaskOption = opt.TaskChoice.auto,
     uncertain: opt.Uncertain = None,
+    masks: opt.MasksOption = opt.MasksChoice.grey,
     missing: opt.MissingOption = opt.MissingChoice.zero,
     split: opt.Split = "auto",
     group: opt.Group = None,
     seed: Annotated[int, typer.Option(help="Of split, head and draws.", rich_help_panel=opt.SPLIT)] = 0,
     valid: opt.Valid = 0.15,
     test: opt.Test = 0.15,
-    bootstrap: Annotated[
-        int, typer.Option(help="Resamples of the groups per interval; 0 for none.", rich_help_panel=opt.SPLIT)
-    ] = 1000,
+    bootstrap: two.Bootstrap = 1000,
+    images: two.Images = "12",
+    about: two.AboutFile = None,
     view: opt.View = None,
     layout: opt.LayoutOption = opt.Layout.wide,
     view_column: opt.ViewColumn = None,
@@ -173,14 +178,18 @@ def finetune_joint(
     """Fine-tune the bodies of all views and the head together, end to end; write a run with the tuned bodies."""
     second = follows()
     quiet, as_json = quiet or second, as_json and not second
-    with command("finetune-joint", as_json=as_json, quiet=quiet, debug=debug) as output:
+    unfinished = out.with_name(out.name + ".tmp") if out is not None else None  # what --resume goes on from
+    journals = () if second else (unfinished, store)
+    with command("finetune-joint", as_json=as_json, quiet=quiet, debug=debug, journals=journals) as output:
         from featurecache.config import JointConfig
+        from featurecache.heads.decodermodule import DecoderSettings
         from featurecache.heads.fc import FCSettings
 
         params = ctx.params
         own = ("out", "overwrite", "resume", "init", "epochs", "freeze_epochs", "lr")
         more = ("body_lr", "weight_decay", "clip", "view_dropout", "bootstrap", "warm_up", "accumulate", "ema")
         running = ("patience", "checkpoint_every", "checkpoint_activations", "compile", "tensorboard")
+        shown = ("images", "about")
         values = {
             **opt.manifest_options(params),
             **opt.body_options(params, "torchvision/densenet121"),
@@ -188,11 +197,12 @@ def finetune_joint(
             **opt.device_options(params),
             **opt.target_options(params),
             **opt.split_options(params),
-            **{name: params[name] for name in (*own, *more, *running)},
+            **{name: params[name] for name in (*own, *more, *running, *shown)},
             **augment_options(augment),
             "unfreeze": str(unfreeze),
+            "head": str(head),
             "missing": str(missing),
-            "settings": opt.settings(setting, FCSettings.model_fields),
+            "settings": opt.settings(setting, {**DecoderSettings.model_fields, **FCSettings.model_fields}),
         }
         config = JointConfig.create(values, source="finetune-joint")
         from featurecache.joint.finetune import finetune_joint as run_training

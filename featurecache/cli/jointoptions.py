@@ -12,8 +12,15 @@ from typer.core import TyperCommand
 
 from featurecache.cli import options as opt
 
-NETWORK, PREFIX = "Network", "Cached lower part"
+NETWORK, PREFIX, TRAIN = "Network", "Cached lower part", "Training"
 OWN = ("stem", "fusion", "detach", "pairs", "store", "replicas")
+
+
+class HeadChoice(StrEnum):
+    """What the network ends in."""
+
+    fc = "fc"
+    decoder = "decoder"
 
 
 class Share(StrEnum):
@@ -60,6 +67,9 @@ TapOption = Annotated[
 Detach = Annotated[
     bool, typer.Option("--detach", help="Train the head alone, through the bodies.", rich_help_panel=NETWORK)
 ]
+HeadOption = Annotated[
+    HeadChoice, typer.Option("--head", help="decoder: masks, from several --tap NAME:none.", rich_help_panel=NETWORK)
+]
 Pairs = Annotated[bool, typer.Option("--pairs", help="Pairs of one view: same class or not?", rich_help_panel=NETWORK)]
 TrainFrom = Annotated[
     list[str] | None,
@@ -68,6 +78,15 @@ TrainFrom = Annotated[
         metavar="MODULE or VIEW=MODULE",
         help="Train above it; what it gives is cached.",
         rich_help_panel=PREFIX,
+    ),
+]
+AugmentColumn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--augment-column",
+        metavar="COLUMN or VIEW=COLUMN",
+        help="Says it by sample: flip+rotate; none; empty: as --augment.",
+        rich_help_panel=TRAIN,
     ),
 ]
 Store = Annotated[Path | None, typer.Option("--store", help="Where that is cached.", rich_help_panel=PREFIX)]
@@ -102,6 +121,7 @@ def network_options(params: Mapping[str, Any]) -> dict[str, Any]:
         "share_bodies": str(params["share_bodies"]),
         "tap": opt.taps(params["tap"], views),
         "train_from": opt.per_view("--train-from", params["train_from"], views),
+        "augment_column": opt.per_view("--augment-column", params["augment_column"], views),
         "store_dtype": str(params["store_dtype"]),
         "engine": str(params["engine"]),
     }

@@ -111,6 +111,7 @@ def forget(
         wanted = [*(ids or []), *(more or [])]
         if not wanted:
             raise InputError("which samples? Give --id ID, once or more.")
+        output.withheld = wanted
         with FeatureStore.create_or_open(store, write=False) as opened:
             plan = plan_forget(opened, wanted, dataset or ())
         _go(plan, output, dry_run=dry_run, yes=yes)
@@ -135,12 +136,13 @@ def compact(
     its own, and runs fitted on the old one serve with it. The old one is only read. The copy grows in STORE2.tmp, every
     byte of it is verified, then it is renamed; after a kill, the same command starts anew.
     """
-    with command("compact", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("compact", as_json=as_json, quiet=quiet, debug=debug, journals=(store,)) as output:
         from featurecache.store.compact import compact as copy
 
         with reporter(quiet=quiet) as progress:
             made = copy(store, out, order=order, codec=codec, reporter=progress)
         output.outputs = [str(made.path)]
+        output.journals.append(made.path)
         output.figures = {
             "recipes": made.recipes,
             "rows": made.rows,
@@ -174,6 +176,7 @@ def _go(plan: Removal, output: Output, *, dry_run: bool, yes: bool) -> None:
             return
     from featurecache.dropping import carry_out
 
+    output.journals.append(plan.path)  # from here on: a list that nobody agreed to leaves no trace
     with reporter(quiet=output.quiet) as progress:
         done = carry_out(plan, progress)
         if not done.scrubbed:

@@ -50,6 +50,15 @@ class TaskChoice(StrEnum):
     multiclass = "multiclass"
     multilabel = "multilabel"
     regression = "regression"
+    dense = "dense"
+
+
+class MasksChoice(StrEnum):
+    """How a pixel of a mask says its class."""
+
+    grey = "index"
+    inside = "inside"
+    alpha = "alpha"
 
 
 class MissingChoice(StrEnum):
@@ -86,7 +95,7 @@ ReaderOption = Annotated[
     typer.Option(
         "--reader",
         metavar=PER_VIEW,
-        help="image, dicom, array, text, mask, or package.module:function.",
+        help="auto (by the files), image, dicom, array, text, mask, or package.module:function.",
         rich_help_panel=DATA,
     ),
 ]
@@ -161,11 +170,19 @@ Workers = Annotated[str, typer.Option(help="Threads that read and decode, or aut
 TargetOption = Annotated[
     str | None, typer.Option("--target", metavar="COLUMN[,COLUMN...]", help="What to predict.", rich_help_panel=TARGET)
 ]
-TaskOption = Annotated[TaskChoice, typer.Option("--task", help="Kind of prediction.", rich_help_panel=TARGET)]
+TaskOption = Annotated[
+    TaskChoice, typer.Option("--task", help="Kind of prediction; dense: a class per pixel.", rich_help_panel=TARGET)
+]
 Uncertain = Annotated[
     list[str] | None,
     typer.Option(
         "--uncertain", metavar="VALUE=MEANING", help="A label's meaning: ignore, zero or one.", rich_help_panel=TARGET
+    ),
+]
+MasksOption = Annotated[
+    MasksChoice,
+    typer.Option(
+        "--masks", help="Dense targets: class by grey value; or inside by colour, by opacity.", rich_help_panel=TARGET
     ),
 ]
 Split = Annotated[str, typer.Option(help="auto, or a column that holds train/valid/test.", rich_help_panel=SPLIT)]
@@ -287,7 +304,7 @@ def manifest_options(params: Mapping[str, Any]) -> dict[str, Any]:
         "id": params["id"],
         "root": params["root"],
         "allow_outside": params["allow_outside"],
-        "reader": per_view("--reader", params["reader"], names) or "image",
+        "reader": per_view("--reader", params["reader"], names) or "auto",
         "reader_settings": reader_settings(params["reader_set"], names),
         "box": {view: columns.split(",") for view, columns in pairs("--box", params["box"]).items()},
         "frame": pairs("--frame", params["frame"]),
@@ -323,6 +340,7 @@ def target_options(params: Mapping[str, Any]) -> dict[str, Any]:
         "target": listed(params["target"]),
         "task": str(params["task"]),
         "uncertain": pairs("--uncertain", params["uncertain"]),
+        **({"masks": str(params["masks"])} if "masks" in params else {}),
     }
 
 

@@ -7,17 +7,20 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from featurecache.errors import FeatureCacheError
+from featurecache.interrupts import interrupt_once
 
 SCHEMA = 1
 DONE, FAILED, WRONG, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
@@ -32,7 +35,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @dataclass
 class Output:
-    """What a command has to say; printed when it ends, as text, JSON or bare paths."""
+    """What a command has to say; printed when it ends, as text, JSON or bare paths.
+
+    Attributes:
+        journals: stores and runs that keep a record of the command; those that are there when it ends do.
+        withheld: text that the record must not hold.
+    """
 
     command: str
     as_json: bool
@@ -44,6 +52,9 @@ class Output:
     lines: list[str] = field(default_factory=list)
     next: str = ""
     status: int = DONE
+    message: str = ""
+    journals: list[Path] = field(default_factory=list)
+    withheld: Sequence[str] = ()
 
     def text(self, line: str = "") -> None:
         """A line for people; goes to stdout unless --json or --quiet."""
@@ -68,11 +79,27 @@ class Output:
 
     def error(self, message: str, status: int) -> int:
         """Print what went wrong; returns the exit status."""
+        self.message = message
         if self.as_json:
             figures = {**self.figures, "error": message}
             print_json(self.command, STATES[status], figures, self.outputs, self.failed)
         print(message if status == INTERRUPTED else f"Error: {message}", file=sys.stderr)
         return status
+
+    def remember(self, status: int, started: datetime, seconds: float) -> None:
+        """Add the command to the journals of its stores and runs."""
+        from featurecache import journal
+
+        kept_in = (journal.keeper(path) for path in self.journals)
+        places = {Path(os.path.abspath(place)) for place in kept_in if place is not None}
+        if not places:
+            return
+        kept = journal.entry(
+            self.command, typed_command(), STATES[status], started, seconds, self.figures,
+            failed=len(self.failed), error=self.message, withheld=self.withheld,
+        )  # fmt: skip
+        for place in places:
+            journal.add(place, kept)
 
     def _print_failed(self, shown: int = 10) -> None:
         for entry in self.failed[:shown]:
@@ -82,13 +109,17 @@ class Output:
 
 
 @contextmanager
-def command(name: str, *, as_json: bool, quiet: bool, debug: bool) -> Iterator[Output]:
+def command(
+    name: str, *, as_json: bool, quiet: bool, debug: bool, journals: Sequence[Path | None] = ()
+) -> Iterator[Output]:
     """Run a command's body: its errors become one message and an exit status, its results are printed at the end.
 
-    SIGTERM ends it like Ctrl-C: what is complete gets committed on the way out.
+    SIGTERM ends it like Ctrl-C: what is complete gets committed on the way out. Stores and runs among `journals` keep
+    a record of it, however it ends; a body may add some.
     """
-    output = Output(name, as_json, quiet, debug)
+    output = Output(name, as_json, quiet, debug, journals=[path for path in journals if path is not None])
     set_up_process()
+    started, clock = datetime.now(UTC), time.perf_counter()
     try:
         yield output
         status = output.finish()
@@ -100,6 +131,8 @@ def command(name: str, *, as_json: bool, quiet: bool, debug: bool) -> Iterator[O
         if debug:
             traceback.print_exc()
         status = output.error(*describe(error))
+    if output.journals:
+        output.remember(status, started, time.perf_counter() - clock)
     if status:
         raise typer.Exit(status)
 
@@ -108,7 +141,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     """What to tell the user of an error, and the exit status."""
     if isinstance(error, FeatureCacheError):
         return str(error), error.exit_status
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | typer.Abort):  # the latter at a question
         return "Interrupted. What was complete is kept; run the same command again to go on.", INTERRUPTED
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, OSError | MemoryError):  # the machine's: a full disk, no permission
@@ -120,10 +153,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def set_up_process() -> None:
-    """SIGTERM as Ctrl-C, and warnings as one line without the place in our code."""
-
-    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
+    """SIGTERM as Ctrl-C, of which the first counts, and warnings as one line without the place in our code."""
 
     def one_line(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
@@ -131,7 +161,10 @@ def set_up_process() -> None:
         return f"Warning: {message}\n"
 
     try:
-        signal.signal(signal.SIGTERM, terminate)
+        handler = interrupt_once()
+        signal.signal(signal.SIGTERM, handler)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as that of a job in the background of a script
+            signal.signal(signal.SIGINT, handler)
     except ValueError:  # not the main thread: a caller that embeds the app keeps its own handlers
         return
     warnings.formatwarning = one_line

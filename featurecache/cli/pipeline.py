@@ -45,6 +45,8 @@ def pipeline(
             opened = open_pipeline(
                 file, out, changes=changes, variant=variant, command=typed_command(), reporter=progress
             )
+            if not dry_run:
+                output.journals.append(opened.folder / "store")
             steps = opened.plan() if dry_run else opened.run()
         output.figures = {"stages": [entry(step, dry_run=dry_run) for step in steps]}
         width = max((len(step.name) for step in steps), default=0)

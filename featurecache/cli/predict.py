@@ -76,7 +76,7 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Predict new samples with a run; head runs go through the cache, so the second time only new images cost."""
-    with command("predict", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("predict", as_json=as_json, quiet=quiet, debug=debug, journals=(run, store)) as output:
         from featurecache.predict import predict as run_prediction
         from featurecache.run import load_run
 
@@ -88,6 +88,8 @@ def predict(
         output.figures = {"samples": len(scored.sample_ids), "computed": scored.computed, "reused": scored.reused}
         tell_notes(output, scored.notes)
         output.text(f"predicted {len(scored.sample_ids):,} samples into {path}")
+        if any(scored.files):
+            output.text(f"masks     in {(path.parent / next(filter(None, scored.files))).parent}")
         output.text(f"images    computed {scored.computed:,}, reused {scored.reused:,}")
         output.next = f"featurecache evaluate {run} MANIFEST measures on labelled samples"
 
@@ -134,6 +136,7 @@ def evaluate(
                     output.text(metric_line(split_label(loaded, split), loaded.metrics[split]))
             output.next = f"featurecache evaluate {run} MANIFEST measures on new labelled samples"
             return
+        output.journals += [path for path in (run, store) if path is not None]
         from featurecache.evaluate import evaluate as run_evaluation
         from featurecache.evaluate import evaluate_own
 

@@ -7,40 +7,40 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from featurecache.cli.tally import Tally
+
 if TYPE_CHECKING:
     from featurecache.cli.bars import Terminal
 
 LINE_EVERY = 30.0  # seconds
+WORTH_A_LINE = 2.0  # seconds that a task took, for a line at its end
 
 
 class Lines:
-    """A Reporter for logs: a line every 30 s and one at the end of each task that took longer than two."""
+    """A Reporter for logs: a line every 30 s, whatever is at work, and one at the end of each task that took longer."""
 
     def __init__(self) -> None:
-        self._state: dict[str, tuple[int, int | None, str, float, float]] = {}
+        self._tally, self._last = Tally(), 0.0
 
-    def begin(self, task: str, total: int | None, unit: str = "images") -> None:
+    def begin(self, task: str, total: int | None, unit: str = "images", *, done: int = 0) -> None:
         """Remember when the task began."""
-        now = time.monotonic()
-        self._state[task] = (0, total, unit, now, now)
+        if not self._tally.running:
+            self._last = time.monotonic()
+        self._tally.begin(task, total, unit, done)
 
     def advance(self, task: str, n: int = 1, *, status: str = "") -> None:
         """Count, and print when a line is due."""
-        done, total, unit, began, last = self._state[task]
-        done, now = done + n, time.monotonic()
-        if now - last >= LINE_EVERY:
-            rate = done / (now - began)
-            left = "" if total is None or not rate else f", {max(total - done, 0) / rate:,.0f} s left"
-            self.note(f"{task}: {done:,}/{total or '?'} {unit}, {rate:,.1f} {unit}/s{left} {status}".rstrip())
-            last = now
-        self._state[task] = (done, total, unit, began, last)
+        self._tally.advance(task, n, status)
+        if (now := time.monotonic()) - self._last >= LINE_EVERY:
+            running = list(self._tally.running.values())
+            self.note("; ".join(each.so_far() for each in [each for each in running if each.at_work] or running))
+            self._last = now
 
     def end(self, task: str) -> None:
         """One last line for what took a while."""
-        done, _, unit, began, _ = self._state[task]
-        took = time.monotonic() - began
-        if took > 2:
-            self.note(f"{task}: {done:,} {unit} in {took:,.1f} s, {done / took:,.1f} {unit}/s")
+        running = self._tally.end(task)
+        if running.seconds > WORTH_A_LINE:
+            self.note(running.in_all())
 
     def note(self, message: str) -> None:
         """A line."""

@@ -24,7 +24,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write a run's report.html again: with what came since (evaluations, ablation, heat maps), or with no pictures."""
-    with command("report", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("report", as_json=as_json, quiet=quiet, debug=debug, journals=(run,)) as output:
         if images not in ("all", "none"):
             raise InputError(f"--images {images}: all or none")
         from featurecache.fitrecord import read_about

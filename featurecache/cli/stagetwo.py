@@ -18,7 +18,7 @@ RUN = "Run and report"
 
 Store = Annotated[Path, typer.Argument(help="The store that `featurecache extract` made.")]
 Dataset = Annotated[str, typer.Option(help="Name of the dataset in the store.")]
-HeadName = Annotated[str, typer.Option(help="fc, logistic, xgboost or a registered one.")]
+HeadName = Annotated[str, typer.Option(help="fc, logistic, xgboost, decoder (masks) or a registered one.")]
 Views = Annotated[str | None, typer.Option(metavar="A,B", help="Default: all.", rich_help_panel=opt.DATA)]
 Tap = Annotated[
     list[str] | None,

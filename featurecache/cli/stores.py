@@ -39,6 +39,8 @@ def info(store: STORE, as_json: Json = False, quiet: Quiet = False, debug: Debug
                     f"{count:,} {state}" for state, count in counts.items() if state != "recipe" and count
                 )
                 output.text(f"            {view}: {states}, recipe {counts['recipe']}")
+                if drawn := dataset["replicas"].get(view):
+                    output.text(f"            {view}: {drawn['count']} replicas of each, recipe {drawn['recipe']}")
 
 
 def verify(
@@ -61,7 +63,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check every byte of a store against what was committed; exit status 1 where something is wrong."""
-    with command("verify", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("verify", as_json=as_json, quiet=quiet, debug=debug, journals=(store,)) as output:
         from featurecache.store import rebuild, verify
         from featurecache.store import repair as repairs
 

@@ -64,7 +64,7 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Search a head's settings on validation samples; fit it with the best and write a run. Resumable."""
-    with command("tune", as_json=as_json, quiet=quiet, debug=debug) as output:
+    with command("tune", as_json=as_json, quiet=quiet, debug=debug, journals=(store,)) as output:
         config = two.fit_config(ctx.params, "tune")
         from featurecache.heads.base import get_head
         from featurecache.tune import tune as run_search

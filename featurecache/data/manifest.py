@@ -7,19 +7,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 
-from featurecache.config import ManifestConfig, for_view
+from featurecache.config import ANY_VIEW, AUTO, ManifestConfig, for_view
+from featurecache.data.choice import choose_reader, folder_suffixes
 from featurecache.data.layouts import Layout, read_long, read_wide
-from featurecache.data.paths import locate
+from featurecache.data.paths import Early, locate
 from featurecache.data.selectors import selector_columns, selector_shape_problems
-from featurecache.data.tables import Source, folder_suffixes, read_source
+from featurecache.data.tables import Source, read_source
 from featurecache.errors import InputError, did_you_mean
 
 # Without --view: a table with one of these columns has the one view `image`.
 IMAGE_COLUMNS = ("image", "image_path", "path", "filepath", "file_path", "file", "filename", "file_name")
 _VIEW_NAME = re.compile(r"\w[\w.-]*")
+
+T = TypeVar("T", bound=ManifestConfig)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class Manifest:
             location (String, absolute path without links; null for text and absent cells), kind (String, `file` or
             `text`), selector (String, canonical JSON), row (Int64, line of a CSV, else record counted from 1).
         multi: what is done with several images of a view.
+        readers: per view the name of its reader, as given or as its files decided.
         varying: long layout: columns that are not in `table`, since they differ within a sample -> why, naming rows.
     """
 
@@ -46,6 +51,7 @@ class Manifest:
     views: tuple[str, ...]
     cells: pl.DataFrame
     multi: str
+    readers: Mapping[str, str]
     varying: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> pl.Series:
@@ -63,7 +69,7 @@ class Manifest:
         return self.table[name]
 
 
-def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
+def read_manifest(config: ManifestConfig, *, images: bool = True, early: Early | None = None) -> Manifest:
     """Read and check a manifest.
 
     Wide layout: a row per sample; `views` maps view names to a column, or to several (`COL1,COL2`) that hold several
@@ -77,12 +83,13 @@ def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
     Args:
         config: which, and how it is to be read.
         images: whether the image files must be there; without, `location` says where they should be.
+        early: told where the files most likely are, before they are looked for.
 
     Raises:
         MissingFileError: no such file or folder.
         InputError: everything that is wrong, found at once (`problems`), each with file, line or row, and column.
     """
-    source = read_source(config.manifest, suffixes=folder_suffixes(for_view(config.reader, "image", "image")))
+    source = read_source(config.manifest, suffixes=folder_suffixes(for_view(config.reader, "image", AUTO)))
     problems = [*source.problems, *_option_problems(config)]
     for column, option in selector_columns(config):
         problems += [complaint] if (complaint := source.missing(column, option)) else []
@@ -93,7 +100,9 @@ def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
     layout = read_long(source, config, views) if config.layout == "long" else read_wide(source, config, views)
     problems += layout.problems
     problems += _unknown_views(config, layout.views)
-    cells = _locate(source, config, layout, problems, images=images)
+    cells = _locate(source, config, layout, problems, images=images, early=early)
+    readers, odd = _readers(source, config, layout.views, cells)
+    problems = odd + problems
     if problems:
         count = len(problems)
         raise InputError.from_problems(f"{source.shown}: {count} problem{'s' * (count > 1)}", problems)
@@ -105,8 +114,30 @@ def read_manifest(config: ManifestConfig, *, images: bool = True) -> Manifest:
         views=layout.views,
         cells=cells.select(columns),
         multi=config.multi,
+        readers=readers,
         varying=layout.varying,
     )
+
+
+def with_readers(config: T, manifest: Manifest) -> T:
+    """The configuration with the readers that the manifest's files decided on, as if they had been given."""
+    names = dict(manifest.readers)
+    return config.model_copy(
+        update={"reader": {ANY_VIEW: min(names.values())} if len(set(names.values())) == 1 else names}
+    )
+
+
+def _readers(
+    source: Source, config: ManifestConfig, views: tuple[str, ...], cells: pl.DataFrame
+) -> tuple[dict[str, str], list[str]]:
+    """Per view its reader; and complaints."""
+    readers, problems = {}, []
+    for view in views:
+        readers[view] = for_view(config.reader, view, AUTO)
+        if readers[view] == AUTO:
+            readers[view], odd = choose_reader(source, view, cells.filter(pl.col("view") == view))
+            problems += odd
+    return readers, problems
 
 
 def _option_problems(config: ManifestConfig) -> list[str]:
@@ -146,10 +177,10 @@ def _unknown_views(config: ManifestConfig, views: tuple[str, ...]) -> list[str]:
 
 
 def _locate(
-    source: Source, config: ManifestConfig, layout: Layout, problems: list[str], *, images: bool
+    source: Source, config: ManifestConfig, layout: Layout, problems: list[str], *, images: bool, early: Early | None
 ) -> pl.DataFrame:
     """Add kind and location; complain of files that are missing or outside the root."""
-    text = [view for view in layout.views if for_view(config.reader, view, "image") == "text"]
+    text = [view for view in layout.views if for_view(config.reader, view, AUTO) == "text"]
     cells = layout.cells.with_columns(
         pl.when(pl.col("view").is_in(text)).then(pl.lit("text")).otherwise(pl.lit("file")).alias("kind")
     )
@@ -158,7 +189,7 @@ def _locate(
         problems.append(f"--root {root}: no such folder")
         return cells.with_columns(pl.lit(None, dtype=pl.String).alias("location"))
     wanted = cells.filter((pl.col("kind") == "file") & pl.col("value").is_not_null())
-    located = locate(wanted["value"], str(root), allow_outside=config.allow_outside)
+    located = locate(wanted["value"], str(root), allow_outside=config.allow_outside, early=early)
     if not images:
         located = _expected(located, str(root))
     cells = cells.join(located, on="value", how="left", maintain_order="left").with_columns(

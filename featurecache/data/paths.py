@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import polars as pl
 
 _FEW = 8  # below this many wanted files, asking for each is cheaper than listing a directory of unknown size
 
 
-def locate(values: pl.Series, root: str, *, allow_outside: bool) -> pl.DataFrame:
+Early = Callable[[pl.Series], None]
+"""Told the paths below the root as they are written, before they are resolved: nearly always where the files are."""
+
+
+def locate(values: pl.Series, root: str, *, allow_outside: bool, early: Early | None = None) -> pl.DataFrame:
     """Resolve and check each distinct path.
 
     Args:
         values: paths as written, without nulls.
         root: what relative paths are relative to.
         allow_outside: whether a path may leave the root.
+        early: see `Early`.
 
     Returns:
         One row per distinct value: value, location (String, null where there is a problem), problem (String|null).
@@ -32,9 +37,10 @@ def locate(values: pl.Series, root: str, *, allow_outside: bool) -> pl.DataFrame
     prefix = base.replace(os.sep, "/").rstrip("/") + "/"
     full = pl.when(absolute).then(path).otherwise(pl.lit(prefix) + path)
     table = values.unique(maintain_order=True).rename("value").to_frame()
-    table = table.with_columns(full.alias("full")).with_columns(
-        pl.col("full").str.replace(r"/[^/]*$", "/").alias("folder")
-    )
+    table = table.with_columns(full.alias("full"))
+    if early is not None:
+        early(table["full"].filter(table["full"].str.starts_with(prefix)).unique())
+    table = table.with_columns(pl.col("full").str.replace(r"/[^/]*$", "/").alias("folder"))
     table = table.with_columns(pl.col("full").str.strip_prefix(pl.col("folder")).alias("name"))
     folders = table.group_by("folder", maintain_order=True).agg("name")
     inside = _Inside(base, allow_outside)

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from featurecache.config import SplitConfig
+from featurecache.data.dense import DenseTarget
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, MissingFileError, did_you_mean
 
@@ -186,6 +187,8 @@ def _joined(groups: np.ndarray, content: Content | None) -> np.ndarray:
 def _strata(target: Target) -> np.ndarray:
     """The stratum of each sample (n,): its class, its rarest label (0 = none), or the quantile of the first target."""
     values = target.values
+    if isinstance(target, DenseTarget):
+        return target.strata()
     if values.ndim == 1:
         return np.asarray(values, dtype=np.int64)
     if target.task == "multilabel":

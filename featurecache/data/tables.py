@@ -20,11 +20,6 @@ ARRAY_SUFFIXES = (".npy",)
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 
-def folder_suffixes(reader: str) -> tuple[str, ...]:
-    """Which files of a folder a reader of the view `image` is for, in lower case."""
-    return {"array": ARRAY_SUFFIXES, "dicom": DICOM_SUFFIXES}.get(reader, IMAGE_SUFFIXES)
-
-
 @dataclass(frozen=True)
 class Source:
     """A table as it was found.
@@ -60,10 +55,12 @@ class Source:
         """A complaint if there is no such column, naming the nearest one."""
         if column in self.frame.columns:
             return None
-        known = ", ".join(self.frame.columns[:20])
-        return (
-            f"{self.shown}: no column {column!r} ({option}).{did_you_mean(column, self.frame.columns)} Columns: {known}"
-        )
+        columns = self.frame.columns
+        message = f"{self.shown}: no column {column!r} ({option}).{did_you_mean(column, columns)} "
+        separator = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+        if separator is not None:
+            return f"{message}Its cells are separated by {separator!r}: save it with commas, or with tabs as .tsv."
+        return f"{message}Columns: {', '.join(columns[:20])}"
 
 
 def read_source(path: Path, *, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Source:

@@ -12,10 +12,12 @@ import polars as pl
 from featurecache.data.tables import as_text, is_value
 from featurecache.errors import InputError, did_you_mean
 
-TaskName = Literal["binary", "multiclass", "multilabel", "regression"]
+TaskName = Literal["binary", "multiclass", "multilabel", "regression", "dense"]
 MAX_NUMERIC_CLASSES = 20  # more distinct whole numbers than this are a quantity, not classes
 _SHOWN = 5
+_MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")
 _MEANING = {"ignore": None, "zero": "0", "one": "1"}
+_UNKNOWN = ("", "nan", "NaN")  # the latter as numpy and pandas write it
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class Target:
     """The labels of n samples.
 
     Attributes:
-        task: `binary`, `multiclass`, `multilabel` or `regression`.
+        task: `binary`, `multiclass`, `multilabel`, `regression`, or `dense` (see `featurecache.data.dense`).
         names: the target columns.
         classes: labels as text, in numeric order where all are numbers, else sorted; of two, the last is the positive
             one. Empty for multilabel and regression.
@@ -123,7 +125,8 @@ def _certain(series: pl.Series, uncertain: Mapping[str, str], head: str) -> pl.S
             raise InputError(f"--uncertain {value}={meaning}: it can mean ignore, zero or one")
         stands = pl.lit(_MEANING[meaning], dtype=pl.String)
         text = pl.select(pl.when(is_value(series, value)).then(stands).otherwise(text).alias(series.name)).to_series()
-    return pl.select(pl.when(text.str.strip_chars() != "").then(text).alias(series.name)).to_series()
+    known = ~text.str.strip_chars().is_in(_UNKNOWN)
+    return pl.select(pl.when(known).then(text).alias(series.name)).to_series()
 
 
 def _check_uncertain(columns: Sequence[pl.Series], uncertain: Mapping[str, str], head: str) -> None:
@@ -219,6 +222,8 @@ def _classes(table: pl.DataFrame, text: pl.Series, task: str, classes: Sequence[
         if task != "binary" and 2 < len(labels) == len(text) - text.null_count():
             numeric = all(_is_number(label) for label in labels)
             other = ", or --task regression if it is a quantity" if numeric else ""
+            if labels[0].lower().endswith(_MASKS):
+                other = ", or --head decoder if these are mask images"
             raise InputError(
                 f"{head}column {text.name!r} has as many classes as samples ({len(labels)}): {_some(labels)}. "
                 f"Ids and free text can't be learned: a class needs several samples. Give another --target{other}."

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from featurecache.cut import Threshold
 from featurecache.data.targets import Target
-from featurecache.errors import InputError, did_you_mean
-from featurecache.evaluation.metrics import metric_names
+from featurecache.errors import InputError
+from featurecache.evaluation.metrics import check_metric, metric_names
 from featurecache.evaluation.weighted import (
     CLASS_FIGURES,
     COUNTS,
@@ -68,10 +68,9 @@ def label_intervals(
     n: int = 1000,
     seed: int = 0,
     threshold: Threshold = None,
-    metrics: Sequence[str] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """The same per label or regression target: name -> metric -> [low, high]."""
-    wanted = _wanted(target, metrics)
+    wanted = metric_names(target.task)
     tables = _sample(weighted_parts(target, scores, threshold, wanted), wanted, target, groups, n, seed)
     found = {}
     for name, table in zip(target.names, tables, strict=True):
@@ -184,7 +183,7 @@ def repeated_replicates(
         rows = repeat.rows[np.asarray(repeat.target.known)]
         for name, said in repeat.said.items():
             parts.append((rows, name, weighted_parts(repeat.target, said.scores, said.threshold, wanted)))
-    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    codes = numbered(np.asarray(groups))
     blocks: dict[str, list[Array]] = {name: [] for name in repeats[0].said}
     for weights in group_weights(codes, n, seed):
         values: dict[str, list[Array]] = {name: [] for name in blocks}
@@ -216,7 +215,7 @@ def class_tables(
     """Figures of each class against the rest, at the decisions that the threshold (or the highest probability) gives.
 
     Args:
-        target: binary or multiclass, aligned with `scores`.
+        target: binary, multiclass or dense, aligned with `scores`.
         scores: as in `compute_metrics`.
         groups: as in `bootstrap_intervals`.
         n: resamples; 0 for no intervals.
@@ -225,13 +224,12 @@ def class_tables(
 
     Returns:
         class -> `n` of the class, `predicted`, `right`, and as floats or None `prevalence`, `sensitivity`,
-        `specificity`, `ppv`, `npv`, `f1`, `roc_auc`, `average_precision`; `intervals`: figure -> [low, high].
+        `specificity`, `ppv`, `npv`, `f1`, `roc_auc`, `average_precision` (dense: pixels, and `iou` and `dice` for
+        the last five); `intervals`: figure -> [low, high].
     """
-    known = np.asarray(target.known)
     part = per_class(target, scores, threshold)
-    once = part(np.ones((1, int(np.count_nonzero(known)))))
-    codes = np.arange(int(known.sum())) if groups is None else np.asarray(groups)[known]
-    codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    codes = known_groups(target, groups)
+    once = part(np.ones((1, len(codes))))
     blocks = [part(weights) for weights in group_weights(codes, n, seed)]
     found: dict[str, dict[str, Any]] = {}
     for number, label in enumerate(target.classes):
@@ -241,7 +239,7 @@ def class_tables(
                 value = float(once[name][number, 0])
                 row[name] = value if np.isfinite(value) else None
         intervals = {}
-        for name in CLASS_FIGURES if blocks else ():
+        for name in (name for name in CLASS_FIGURES if name in once and blocks):
             ends = percentile_interval(np.concatenate([block[name][number] for block in blocks]))
             if ends is not None and row[name] is not None:
                 intervals[name] = ends
@@ -260,13 +258,9 @@ def _observed(
 
 
 def _wanted(target: Target, metrics: Sequence[str] | None) -> tuple[str, ...]:
-    known = metric_names(target.task)
     for name in metrics or ():
-        if name not in known:
-            raise InputError(
-                f"unknown metric {name!r} of task {target.task}.{did_you_mean(name, known)} Known: {', '.join(known)}."
-            )
-    return known if metrics is None else tuple(metrics)
+        check_metric(target.task, name)
+    return metric_names(target.task) if metrics is None else tuple(metrics)
 
 
 def _sample(
@@ -278,15 +272,30 @@ def _sample(
     seed: int,
 ) -> list[Table]:
     """Each metric of each part on `n` resamples of the rows with a known target."""
-    rows = np.flatnonzero(np.asarray(target.known))
-    if groups is not None and len(groups) != len(target.values):
-        raise InputError(f"{len(groups)} groups for {len(target.values)} rows")
-    codes = rows if groups is None else np.asarray(groups)[rows]
-    codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    codes = known_groups(target, groups)
     blocks = [[part(weights) for part in parts] for weights in group_weights(codes, n, seed)]
     if not blocks:
         return [{name: np.empty(0) for name in wanted} for _ in parts]
     return [{name: np.concatenate([block[i][name] for block in blocks]) for name in wanted} for i in range(len(parts))]
+
+
+def known_groups(target: Target, groups: Sequence[Any] | NDArray[Any] | None) -> NDArray[np.int64]:
+    """Which group each row with a known target is of, numbered from 0; without groups every row is one.
+
+    Raises:
+        InputError: there is not a group per row.
+    """
+    rows = np.flatnonzero(np.asarray(target.known))
+    if groups is None:
+        return np.arange(len(rows), dtype=np.int64)
+    if len(groups) != len(target.values):
+        raise InputError(f"{len(groups)} groups for {len(target.values)} rows")
+    return numbered(np.asarray(groups)[rows])
+
+
+def numbered(groups: NDArray[Any]) -> NDArray[np.int64]:
+    """The same groups as numbers from 0 on."""
+    return np.unique(groups, return_inverse=True)[1].reshape(-1)
 
 
 def group_weights(codes: NDArray[np.int64], n: int, seed: int) -> Iterator[Array]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurecache.evaluation.bootstrap import group_weights
+from featurecache.evaluation.bootstrap import group_weights, numbered
 from featurecache.evaluation.weighted import Array, ratio
 
 GRID = np.linspace(0, 1, 51)  # of the false positive rate, and of the recall
@@ -37,7 +37,7 @@ def curve_data(
     curves = _Curves(positive, score)
     once = curves(np.ones((1, len(score))))
     bands: dict[str, list[Array]] = {name: [] for name in ("roc", "pr", "benefit")}
-    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    codes = numbered(np.asarray(groups))
     for weights in group_weights(codes, n, seed):
         for name, values in curves(weights).items():
             if name in bands:

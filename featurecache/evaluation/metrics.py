@@ -10,9 +10,8 @@ from sklearn import metrics as sk
 
 from featurecache.cut import Threshold, threshold_of
 from featurecache.data.targets import Target
-from featurecache.errors import InputError
-
-Values = dict[str, float | None]
+from featurecache.errors import InputError, did_you_mean
+from featurecache.evaluation import dense
 
 BINS = 15  # of the calibration error, as in Guo et al. (2017)
 SPECIFICITY = 0.9  # at which the sensitivity is read off the ROC curve
@@ -30,22 +29,34 @@ CLASSIFICATION = (
 )
 BINARY = (*CLASSIFICATION, "sensitivity", "specificity", "ppv", "npv", "f1", AT_SPECIFICITY)
 REGRESSION = ("r2", "rmse", "mae")
-LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece", "rmse", "mae"})
 
 
 def metric_names(task: str) -> tuple[str, ...]:
     """The metrics of a task, those of a single label for `multilabel`."""
-    return {"multiclass": CLASSIFICATION, "regression": REGRESSION}.get(task, BINARY)
+    return {"multiclass": CLASSIFICATION, "regression": REGRESSION, "dense": dense.NAMES}.get(task, BINARY)
+
+
+def check_metric(task: str, metric: str) -> None:
+    """Refuse what is no metric of the task.
+
+    Raises:
+        InputError: it is unknown; names the nearest.
+    """
+    known = metric_names(task)
+    if metric not in known:
+        raise InputError(
+            f"unknown metric {metric!r} of task {task}.{did_you_mean(metric, known)} Known: {', '.join(known)}."
+        )
 
 
 def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshold = None) -> dict[str, Any]:
     """All metrics of a task over the rows whose target is known.
 
     - Several classes: `roc_auc` and `average_precision` are means over the classes of one against the rest, over those
-      that have both sides; `brier` sums over classes.
+      that have both sides; `brier` sums over classes; `ece` bins the highest probability.
     - Binary: the second class is the positive one; `ece` bins its probability; `sensitivity_at_90_specificity` is read
-      off the ROC curve, by whatever threshold. With several classes it bins the
-      highest probability.
+      off the ROC curve, whatever the threshold.
+    - Dense: see `featurecache.evaluation.dense`; `scores` are pixel counts (n, n_classes, 2).
     - Multilabel and several regression targets: means over those where a metric is defined, and each under `labels`.
 
     Args:
@@ -64,6 +75,8 @@ def compute_metrics(target: Target, scores: NDArray[Any], *, threshold: Threshol
     """
     scores = checked_scores(target, scores)
     names, values = target.names, target.values
+    if target.task == "dense":
+        return dense.dense_metrics(target, scores)
     if target.task == "binary":
         known = values >= 0
         return _binary(values[known], scores[known, 1], threshold_of(threshold, names[0], known))
@@ -96,10 +109,9 @@ def checked_scores(target: Target, scores: NDArray[Any]) -> NDArray[np.float64]:
     """
     scores = np.asarray(scores, dtype=np.float64)
     columns = len(target.classes) if target.task in ("binary", "multiclass") else len(target.names)
-    if scores.shape != (len(target.values), columns):
-        raise InputError(
-            f"scores of shape {scores.shape} for a {target.task} target, expected {(len(target.values), columns)}"
-        )
+    shape = (len(target.values), len(target.classes), 2) if target.task == "dense" else (len(target.values), columns)
+    if scores.shape != shape:
+        raise InputError(f"scores of shape {scores.shape} for a {target.task} target, expected {shape}")
     return scores
 
 

@@ -126,6 +126,8 @@ def check_method(method: str, task: str) -> None:
         raise InputError(f"--calibrate {method}: use {' or '.join(METHODS)}")
     if task == "regression":
         raise InputError(f"--calibrate {method}: a regression predicts values, not probabilities")
+    if task == "dense":
+        raise InputError(f"--calibrate {method}: probabilities of pixels are not calibrated. Leave it out.")
 
 
 def _temperature(p: Array, y: NDArray[Any]) -> float | None:

@@ -45,7 +45,7 @@ class At(NamedTuple):
         Raises:
             InputError: several classes, or numbers.
         """
-        if task in ("multiclass", "regression"):
+        if task in ("multiclass", "regression", "dense"):
             raise InputError(f"--at {self}: a {task} target has no threshold; it is for yes-or-no questions")
 
 
@@ -73,8 +73,8 @@ def choose_threshold(
     find: Callable[[NDArray[Any], NDArray[np.float64]], float | None] = youden if at is None else partial(reaching, at)
     if at is not None:
         at.check_task(target.task)
-    if target.task in ("multiclass", "regression"):
-        return {"value": None, "rule": "argmax" if target.task == "multiclass" else "none", "chosen_on": None}
+    if target.task in ("multiclass", "regression", "dense"):
+        return {"value": None, "rule": "none" if target.task == "regression" else "argmax", "chosen_on": None}
     if target.task == "binary":
         known = target.values >= 0
         value = find(target.values[known], scores[known, 1])

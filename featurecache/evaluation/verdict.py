@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from featurecache.errors import InputError, did_you_mean
-from featurecache.evaluation.metrics import metric_names
+from featurecache.evaluation.metrics import check_metric
 
 # Those by which models are ranked unless another is named.
-FIRST = {"binary": "roc_auc", "multiclass": "accuracy", "multilabel": "roc_auc", "regression": "r2"}
+FIRST = {"binary": "roc_auc", "multiclass": "accuracy", "multilabel": "roc_auc", "regression": "r2", "dense": "iou"}
 LOW_IS_GOOD = frozenset({"log_loss", "brier", "ece", "rmse", "mae"})
 
 
@@ -16,13 +15,9 @@ def ranking_metric(task: str, metric: str | None) -> str:
     Raises:
         InputError: the task has no such metric.
     """
-    known = metric_names(task)
     if metric is None:
         return FIRST[task]
-    if metric not in known:
-        raise InputError(
-            f"unknown metric {metric!r} of task {task}.{did_you_mean(metric, known)} Known: {', '.join(known)}."
-        )
+    check_metric(task, metric)
     return metric
 
 

@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 
 from featurecache.cut import Threshold, threshold_of
 from featurecache.data.targets import Target
+from featurecache.evaluation.dense import dense_classes, dense_part
 from featurecache.evaluation.metrics import AT_SPECIFICITY, BINS, SPECIFICITY, bin_of, checked_scores
 
 Array = NDArray[np.float64]
@@ -30,6 +31,8 @@ def weighted_parts(
     values, scores = target.values[known], checked_scores(target, scores)[known]
     if target.task == "binary":
         return [_classes(values, scores, threshold_of(threshold, target.names[0], known), wanted)]
+    if target.task == "dense":
+        return [dense_part(target.subset(known), scores)]
     if target.task == "multiclass":
         return [_classes(values, scores, None, wanted)]
     parts = []
@@ -48,13 +51,15 @@ def weighted_parts(
 
 
 COUNTS = ("n", "predicted", "right")
-CLASS_FIGURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "roc_auc", "average_precision")
+CLASS_FIGURES = ("sensitivity", "specificity", "ppv", "npv", "f1", "roc_auc", "average_precision", "iou", "dice")
 
 
 def per_class(target: Target, scores: NDArray[np.float64], threshold: Threshold) -> Part:
     """Weights (n_sets, n_known_rows) -> figure -> (n_classes, n_sets): each class against the rest."""
     known = np.asarray(target.known)
     y, p = target.values[known], checked_scores(target, scores)[known]
+    if target.task == "dense":
+        return dense_classes(target.subset(known), p)
     classes = len(target.classes)
     broken = bool(np.isnan(p).any()) or not len(y)
     limit = threshold_of(threshold, target.names[0], known)

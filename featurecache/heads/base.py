@@ -39,6 +39,7 @@ _BUILTIN = {
         "fc": "featurecache.heads.fc:FCHead",
         "logistic": "featurecache.heads.logistic:LogisticHead",
         "xgboost": "featurecache.heads.xgboost:XGBoostHead",
+        "decoder": "featurecache.heads.decoder:DecoderHead",
     }.items()
 }
 
@@ -72,6 +73,7 @@ class Head(ABC):
     file: ClassVar[str]
     importance_kind: ClassVar[str] = ""
     search_space: ClassVar[Space] = {}
+    tasks: ClassVar[tuple[str, ...]] = ("binary", "multiclass", "multilabel", "regression")
 
     task_: str
     classes_: tuple[str, ...]
@@ -110,6 +112,18 @@ class Head(ABC):
         """Columns of the labels or targets that were trained."""
         return np.array([i for i, name in enumerate(self.names_) if name not in self.skipped_], dtype=np.int64)
 
+    @classmethod
+    def check_task(cls, task: str) -> None:
+        """Refuse what the head can't predict.
+
+        Raises:
+            InputError: says which head can.
+        """
+        if task not in cls.tasks:
+            masks = "its target is a column of mask images" if "dense" in cls.tasks else f"only {', '.join(cls.tasks)}"
+            other = "--head decoder predicts masks" if task == "dense" else masks
+            raise InputError(f"head {cls.name!r} does not predict a {task} target; {other}")
+
     def fit(self, train: Fold, valid: Fold | None = None, *, progress: Progress | None = None) -> Self:
         """Train; rows without a known target are left out.
 
@@ -121,6 +135,7 @@ class Head(ABC):
         Raises:
             InputError: the rows do not allow training (one class only, no known target, other columns in `valid`).
         """
+        self.check_task(train.target.task)
         train = with_target(train, "training").to_read()
         valid = with_target(valid, "validation").to_read() if valid is not None else None
         if valid is not None and valid.features.blocks != train.features.blocks:
@@ -154,12 +169,7 @@ class Head(ABC):
         Raises:
             InputError: the head is not fitted, or `x` has another number of columns.
         """
-        if not self._is_fitted:
-            raise InputError(f"head {self.name!r} is not fitted: call fit() or load_head() first")
-        if x.ndim != 2 or x.shape[1] != self.n_features:
-            raise InputError(
-                f"head {self.name!r} was fitted on {self.n_features} features, got an array of shape {x.shape}"
-            )
+        self._check_rows(x)
         size = chunk_rows(self.n_features)
         parts = [self._scores(np.asarray(x[i : i + size], dtype=np.float32)) for i in range(0, len(x), size)]
         found = np.concatenate(parts) if parts else np.empty((0, self._width), dtype=np.float64)
@@ -262,6 +272,14 @@ class Head(ABC):
             raise RunError(f"{path}: can't be read as a head of kind {cls.name!r}: {why}") from None
         head._is_fitted = True
         return head
+
+    def _check_rows(self, x: NDArray[np.float32]) -> None:
+        if not self._is_fitted:
+            raise InputError(f"head {self.name!r} is not fitted: call fit() or load_head() first")
+        if x.ndim != 2 or x.shape[1] != self.n_features:
+            raise InputError(
+                f"head {self.name!r} was fitted on {self.n_features} features, got an array of shape {x.shape}"
+            )
 
     def _restore(self, record: HeadRecord, source: Path) -> None:
         self.task_, self.classes_, self.names_ = record.task, record.classes, record.names

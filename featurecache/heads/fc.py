@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from featurecache import config
 from featurecache.data.targets import Target
@@ -83,7 +84,7 @@ class FCHead(Head):
     def _fit(self, train: Fold, valid: Fold | None) -> None:
         if len(train) < 2:
             raise InputError(f"head 'fc' needs at least 2 training rows, got {len(train)}")
-        device = _device(self.device)
+        device = head_device(self.device)
         devices = [device] if device.type == "cuda" else []
         # Initial weights and dropout come from torch's global generator: seed it, and give it back as it was.
         with torch.random.fork_rng(devices=devices, device_type="cuda"):
@@ -104,7 +105,7 @@ class FCHead(Head):
             pos_weight=settings.pos_weight,
             label_smoothing=settings.label_smoothing,
         ).to(device)
-        optimizer = _optimizer(module, settings, device)
+        optimizer = make_adamw(module, device, lr=settings.lr, weight_decay=settings.weight_decay)
         generator, rng = torch.Generator().manual_seed(self.seed), np.random.default_rng(self.seed)
         bounds = batch_bounds(len(train), _batch_size(settings, len(train)))
         steps, step = settings.epochs * len(bounds), 0
@@ -170,20 +171,30 @@ class FCHead(Head):
             raise RunError(
                 f"{path.parent / 'head.json'}: fitted: 'indicators' must be true or false (found {indicators!r})"
             )
-        tensors = load_file(path)
         with torch.device("meta"):
             module = FCModule(self.blocks_, len(self.outputs), self.settings, indicators=indicators)
-        expected = {name: (t.shape, t.dtype) for name, t in module.state_dict().items()}
-        for name in sorted(expected.keys() | tensors.keys()):
-            if name not in expected or name not in tensors:
-                raise RunError(f"{path}: tensor {name!r} is {'unknown' if name in tensors else 'missing'}")
-            shape, dtype = expected[name]
-            if tensors[name].shape != shape or tensors[name].dtype != dtype:
-                found = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
-                raise RunError(f"{path}: tensor {name!r} is {found}, expected {tuple(shape)} {dtype}")
+        tensors = read_tensors(path, module)
         module = FCModule(self.blocks_, len(self.outputs), self.settings, indicators=indicators)
         module.load_state_dict(tensors)
-        self.module = module.to(_device(self.device)).eval().requires_grad_(True)
+        self.module = module.to(head_device(self.device)).eval().requires_grad_(True)
+
+
+def read_tensors(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must be those of `module` (it may be on the meta device).
+
+    Raises:
+        RunError: one is missing, unknown, or of another shape or type.
+    """
+    tensors = load_file(path)
+    expected = {name: (t.shape, t.dtype) for name, t in module.state_dict().items()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in expected or name not in tensors:
+            raise RunError(f"{path}: tensor {name!r} is {'unknown' if name in tensors else 'missing'}")
+        shape, dtype = expected[name]
+        if tensors[name].shape != shape or tensors[name].dtype != dtype:
+            found = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
+            raise RunError(f"{path}: tensor {name!r} is {found}, expected {tuple(shape)} {dtype}")
+    return tensors
 
 
 def _mean_loss(module: FCModule, loss: HeadLoss, rows: Rows) -> float:
@@ -199,14 +210,14 @@ def _mean_loss(module: FCModule, loss: HeadLoss, rows: Rows) -> float:
     return total / weight if weight else math.nan
 
 
-def _optimizer(module: FCModule, settings: FCSettings, device: torch.device) -> torch.optim.AdamW:
+def make_adamw(module: nn.Module, device: torch.device, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; biases and BatchNorm are not decayed."""
     parameters = list(module.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cpu", "cuda"))
 
 
 def _batch_size(settings: FCSettings, n: int) -> int:
@@ -216,7 +227,7 @@ def _batch_size(settings: FCSettings, n: int) -> int:
     return int(min(512, max(32, 2 ** round(math.log2(max(n / 50, 1))))))
 
 
-def _device(name: str) -> torch.device:
+def head_device(name: str) -> torch.device:
     """The torch device of a name; `auto` is a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

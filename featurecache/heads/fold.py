@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.features import Features, Stored, chunk_rows, reading_order
+from featurecache.features import Features, Stored, as_float32, chunk_rows, gather, reading_order
 from featurecache.stream import read_ahead
 
 
@@ -39,19 +39,29 @@ class Fold:
         keep = np.flatnonzero(known)
         return Fold(self.features, self.rows[keep], self.target.subset(keep))
 
-    def chunks(self, size: int | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    def chunks(
+        self, size: int | None = None, columns: slice | None = None
+    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Positions within the fold and their features, (up to `size`, n_features) float32 at a time.
 
         Where the features are streamed, the next rows are read meanwhile.
+
+        Args:
+            size: rows at a time.
+            columns: of the features; None is all of them.
         """
+
+        def read(rows: NDArray[np.int64]) -> NDArray[np.float32]:
+            return self.features[rows] if columns is None else as_float32(gather(self.features, rows)[:, columns])
+
         size = size or chunk_rows(self.features.shape[1])
         places = [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
         if isinstance(self.features, Stored) and self.features.buffer_rows is not None:
-            parts = read_ahead(self.features.__getitem__, [self.rows[where] for where in places])
+            parts = read_ahead(read, [self.rows[where] for where in places])
             yield from zip(places, parts, strict=True)
             return
         for where in places:
-            yield where, self.features[self.rows[where]]
+            yield where, read(self.rows[where])
 
     def to_read(self) -> Fold:
         """The same in the order in which rows are best read; see `featurecache.features.reading_order`."""
@@ -63,8 +73,8 @@ class Fold:
 
 def with_target(fold: Fold, what: str) -> Fold:
     """The fold's rows with a target, refused where there are none."""
-    if len(fold.rows) != len(fold.target.values):
-        raise InputError(f"{what}: {len(fold.rows)} rows but {len(fold.target.values)} targets")
+    if len(fold.rows) != len(fold.target):
+        raise InputError(f"{what}: {len(fold.rows)} rows but {len(fold.target)} targets")
     known = fold.known()
     if not len(known):
         raise InputError(f"{what}: none of the {len(fold)} rows has a known target")
@@ -81,6 +91,8 @@ def untrainable(target: Target) -> tuple[str, ...]:
         InputError: there is nothing left to train.
     """
     values = target.values
+    if target.task == "dense":
+        return ()
     if target.task in ("binary", "multiclass"):
         counts = np.bincount(values[values >= 0], minlength=len(target.classes))
         if np.count_nonzero(counts) < 2:

@@ -38,7 +38,7 @@ class LogisticSettings(config.Settings):
     """
 
     C: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
-    tol: Annotated[float, Field(gt=0)] = 1e-6
+    tol: Annotated[float, Field(gt=0)] = 1e-9
     max_iter: Annotated[int, Field(ge=1)] = 2000
     class_weight: ClassWeight = None
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from featurecache.data.dense import DenseTarget
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, did_you_mean
 
@@ -172,7 +173,12 @@ class HeadLoss(nn.Module):
 
 
 def target_tensor(target: Target) -> Tensor:
-    """Targets as `HeadLoss` takes them: int64 (n,) with -1, or float32 (n, n_names) with NaN where unknown."""
+    """Targets as `HeadLoss` takes them: int64 (n,) with -1, or float32 (n, n_names) with NaN where unknown.
+
+    Of a dense target int64 (n,), which of its masks are meant.
+    """
+    if isinstance(target, DenseTarget):
+        return torch.from_numpy(np.array(target.rows))
     integer = target.task in ("binary", "multiclass")
     return torch.from_numpy(np.array(target.values, dtype=np.int64 if integer else np.float32))
 

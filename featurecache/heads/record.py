@@ -23,7 +23,7 @@ class HeadRecord(config.Settings):
 
     head: str
     settings: dict[str, Any]
-    task: Literal["binary", "multiclass", "multilabel", "regression"]
+    task: Literal["binary", "multiclass", "multilabel", "regression", "dense"]
     classes: tuple[str, ...]
     names: tuple[str, ...]
     skipped: tuple[str, ...]

@@ -17,14 +17,16 @@ from featurecache import config
 from featurecache.errors import InputError, RunError
 from featurecache.features import Block, chunk_rows, complete, feature_names
 from featurecache.heads.base import Fold, Head
+from featurecache.heads.bins import with_bins
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights, regression_scale
 from featurecache.heads.scratch import scratch_folder
 from featurecache.heads.space import Space, Span
 from featurecache.interrupts import Held, held_back
-from featurecache.memory import free_memory
+from featurecache.memory import free_memory, give_back
 
 SCRATCH = "featurecache-xgboost-"
 PAGE_SHARE = 0.125  # of the budget, for a page of external memory while it is float32
+HISTOGRAMS = 64  # of all columns, that a tree of the default depth keeps
 
 
 class XGBoostSettings(config.Settings):
@@ -205,13 +207,18 @@ class XGBoostHead(Head):
             parameters |= {"objective": "multi:softprob", "eval_metric": "mlogloss", "num_class": len(self.classes_)}
         folds = [train] if valid is None else [train, valid]
         budget = free_memory() // 2 if self.memory is None else self.memory
-        external = binned_bytes(folds, settings.max_bin) > budget
+        binned = binned_bytes(folds, settings.max_bin)
+        external = binned > budget
         page = chunk_rows(self.n_features)
         if external:  # what is handed over at a time becomes a page of its own
             page = max(page, int(PAGE_SHARE * budget) // (4 * self.n_features))
         scratch = stack.enter_context(scratch_folder(SCRATCH)) if external else None
         with held_back() as held:
-            evals = self._matrices(folds, masked, page, scratch, held)
+            # What training will take can be taken for the search before.
+            allowed = min(binned, budget) + HISTOGRAMS * 16 * settings.max_bin * self.n_features
+            reference = with_bins(train, settings.max_bin, nthread=settings.nthread, allowed=allowed, held=held)
+            evals = self._matrices(folds, masked, page, scratch, held, reference)
+        give_back()
         callbacks: list[xgb.callback.TrainingCallback] = [_Watch(self._report)]
         if valid is not None and settings.early_stopping_rounds is not None:
             callbacks.append(xgb.callback.EarlyStopping(rounds=settings.early_stopping_rounds, data_name="valid"))
@@ -235,9 +242,18 @@ class XGBoostHead(Head):
             self.fitted_["base"] = masked.base.tolist()
 
     def _matrices(
-        self, folds: list[Fold], masked: _Masked | None, page: int, scratch: Path | None, held: Held
+        self,
+        folds: list[Fold],
+        masked: _Masked | None,
+        page: int,
+        scratch: Path | None,
+        held: Held,
+        reference: xgb.DMatrix | None,
     ) -> list[tuple[xgb.DMatrix, str]]:
-        """Training and validation matrix with the training rows' bins; their pages go to `scratch`, or stay in RAM."""
+        """Training and validation matrix; their pages go to `scratch`, or stay in RAM.
+
+        Both have the bins of `reference`, or else of the training rows.
+        """
         weights = None if masked else class_weights(folds[0].target, self.settings.class_weight)
         found: list[tuple[xgb.DMatrix, str]] = []
         for fold, name in zip(folds, ("train", "valid"), strict=False):
@@ -254,13 +270,14 @@ class XGBoostHead(Head):
                 chunks,
                 max_bin=self.settings.max_bin,
                 nthread=self.settings.nthread or None,
-                ref=found[0][0] if found else None,
+                ref=reference,
             )
             if weights is not None:
                 matrix.set_weight(
                     entry_weights(fold.target, weights)
                 )  # after the bins, so that these don't depend on it
             found.append((matrix, name))
+            reference = found[0][0]
         return found
 
     def _scores(self, x: NDArray[np.float32]) -> NDArray[np.float64]:

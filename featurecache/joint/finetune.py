@@ -15,28 +15,31 @@ from pydantic import BaseModel
 
 from featurecache.bodies.engines import resolve_device, resolve_precision
 from featurecache.config import BodyConfig, JointConfig, ManifestConfig, SplitConfig, TargetConfig
+from featurecache.data.splits import group_column
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, RunError
+from featurecache.fitrecord import read_about
 from featurecache.heads.base import untrainable
 from featurecache.heads.fc import FCHead
-from featurecache.heads.losses import HeadLoss, target_tensor
+from featurecache.heads.losses import target_tensor
 from featurecache.joint.average import Average
-from featurecache.joint.build import make_groups, make_head, make_model, rebuilt
+from featurecache.joint.build import make_groups, make_model, rebuilt
 from featurecache.joint.callbacks import Callback, Callbacks, HistoryFile, TensorBoard
 from featurecache.joint.checkpoint import FOLDER, Progress, State, load_state
 from featurecache.joint.finder import find_rate
+from featurecache.joint.kinds import loss_of, module_of, say, settings_of
 from featurecache.joint.loop import Loop
 from featurecache.joint.model import JointModel
 from featurecache.joint.pairing import paired
 from featurecache.joint.parallel import Processes
 from featurecache.joint.plan import Every, Plan
-from featurecache.joint.predict import joint_scores
 from featurecache.joint.prefix import check_weights, lower_identities
 from featurecache.joint.runner import Runner, make_fabric
 from featurecache.joint.samples import Samples, from_progress, write_failures
 from featurecache.joint.save import save_bodies, tuned_recipes
 from featurecache.joint.schedule import make_phases
-from featurecache.joint.settings import REFERENCE_LR, batch_size, check, head_settings, mixing, rates, with_defaults
+from featurecache.joint.settings import REFERENCE_LR, batch_size, check, mixing, rates, with_defaults
+from featurecache.joint.shown import samples_record, views_alone, write_shown
 from featurecache.joint.sources import choose, normalisers, open_images, sample_ids
 from featurecache.joint.start import Start, prepare
 from featurecache.joint.step import Stepper
@@ -49,7 +52,7 @@ FINISHED = f".{FOLDER}"  # hidden names are not part of a run: checkpoints stay 
 # What may differ between an attempt and the one that resumes it. Of files the content counts, and is compared.
 FREE = ("out", "overwrite", "resume", "device", "precision", "workers", "bootstrap", "manifest", "root", "init",
         "body", "weights", "trust_factory", "checkpoint_every", "checkpoint_activations", "compile",
-        "tensorboard", "store")  # fmt: skip
+        "tensorboard", "store", "images", "about")  # fmt: skip
 
 
 def finetune_joint(
@@ -138,7 +141,8 @@ class Training:
         self.config = config = start.config
         self.precision = resolve_precision(config.precision, fabric.device)
         self.workers = (os.cpu_count() or 1) if config.workers == "auto" else config.workers
-        self.settings = head_settings(config, start.head)
+        self.settings = settings_of(start)
+        read_about(config.about)  # refused before hours of training
         self.images = open_images(start, self.processes, reporter)
 
     def run(self, callbacks: Sequence[Callback] = ()) -> tuple[Progress, Samples]:
@@ -152,12 +156,7 @@ class Training:
         target = start.target.subset(train)
         self.skipped = untrainable(target)
         self.model = self.make_model(target, missing=not samples.present[samples.splits == "train"].all())
-        loss = HeadLoss(
-            target,
-            class_weight=self.settings.class_weight,
-            pos_weight=self.settings.pos_weight,
-            label_smoothing=self.settings.label_smoothing,
-        ).to(self.fabric.device)
+        loss = loss_of(target, self.settings).to(self.fabric.device)
         plan = self.plan(len(train))
         module = self.fabric.setup_module(self.model)
         self.runner = Runner(self.fabric, module, normalisers(start))
@@ -229,10 +228,7 @@ class Training:
     def make_model(self, target: Target, *, missing: bool) -> JointModel:
         """Bodies and head, as they are before the first step."""
         start, config = self.start, self.config
-        self.head = make_head(
-            start.head, start.blocks, target, self.settings,
-            missing=missing, view_dropout=config.view_dropout or 0.0, seed=config.seed,
-        )  # fmt: skip
+        self.head = module_of(start, target, self.settings, missing=missing)
         return make_model(
             start.setups, start.blocks, self.head, multi=config.multi, uppers=start.uppers,
             layout=torch.contiguous_format if config.detach else torch.channels_last,  # detached: as stage one has it
@@ -268,11 +264,13 @@ class Training:
         text = "\n".join(f"{self.ids[row]},{split}" for row, split in zip(samples.rows, samples.splits, strict=True))
         bodies = {view: [list(own) for own in setup.identities] for view, setup in self.start.setups.items()}
         head = self.config.init and hashlib.sha256((self.config.init / FCHead.file).read_bytes()).hexdigest()
+        dense = self.start.masks is not None
         return {
             **options,
             "manifest": self.start.manifest.digest,
             "bodies": bodies,
             "head": head,
+            **({"masks": hashlib.sha256(self.start.target.values.tobytes()).hexdigest()} if dense else {}),
             "precision": self.precision,
             "processes": self.processes.count,
             "samples and splits": hashlib.sha256(text.encode()).hexdigest(),
@@ -282,36 +280,40 @@ class Training:
         """Predict all samples and write everything but run.json; returns the record."""
         start, config = self.start, self.config
         self.reporter.begin("predict", len(samples.rows), "samples")
-        rows, outputs, failed = self.runner.predict(
-            self.images,
-            samples.rows,
-            batch_size=2 * batch_size(config, len(samples.of("train")), self.processes.count),
-            workers=self.workers,
+        size = 2 * batch_size(config, len(samples.of("train")), self.processes.count)
+        said = say(
+            start, self.runner, self.images, self.head, self.settings, samples, directory=directory, ids=self.ids,
+            skipped=self.skipped, batch_size=size, workers=self.workers,
             advance=lambda n: self.reporter.advance("predict", n),
-        )
+        )  # fmt: skip
         self.reporter.end("predict")
-        samples = samples.without(failed)
+        head, target = said.head, said.target
+        samples = samples.without(said.failed)
         failures = write_failures(directory / "failures.csv", self.ids, samples.failed)
-        target = start.target.subset(rows)
+        single = {}
+        if isinstance(head, FCHead):
+            single = views_alone(start, self.runner, self.images, head, samples, batch_size=size, workers=self.workers)
         self.model.to("cpu")
         if start.uppers:
             check_weights(start, lower_identities(start))
-        head = FCHead.adopt(self.head, target, start.blocks, self.settings, skipped=self.skipped, seed=config.seed)
         head.save(directory)
         results = write_results(
             directory,
             target=target,
-            scores=joint_scores(head, outputs),
+            scores=said.scores,
+            masks=said.masks,
             splits=samples.splits,
             groups=samples.groups,
-            sample_ids=[self.ids[row] for row in rows],
+            sample_ids=[self.ids[row] for row in said.rows],
             views=self.images.views,
             present=samples.present,
             history=progress.history,
             bootstrap=config.bootstrap,
             seed=config.seed,
         )
+        write_shown(directory, start, self.images, results, single)
         return {
+            **samples_record(start, self.images, samples),
             "task": target.task,
             "classes": list(target.classes),
             "targets": list(target.names),
@@ -322,16 +324,20 @@ class Training:
             "body_config": {**_part(config, BodyConfig), "seed": start.seed},
             "manifest_config": _part(config, ManifestConfig),
             "target_config": _part(config, TargetConfig),
-            "split": _part(config, SplitConfig),
+            "split": {
+                **(start.division or _part(config, SplitConfig)),
+                "group": group_column(start.manifest.table, config.group),
+            },
             "tap": start.tap,
             "blocks": [block.to_json() for block in start.blocks],
             "fusion": config.fusion,
             "precision": self.precision,
             "skipped": list(self.skipped),
-            "head": {"name": FCHead.name, "settings": self.settings.model_dump(mode="json")},
+            "head": {"name": head.name, "settings": self.settings.model_dump(mode="json")},
             "threshold": results.threshold,
             "binding": {"dataset": start.manifest.path.stem, "manifest_digest": start.manifest.digest},
             "best_epoch": progress.best_epoch,
+            "seconds_fit": round(sum(row["seconds"] for row in progress.history), 3),
             "failed": failures,
         }
 

@@ -6,7 +6,8 @@ import json
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -37,11 +38,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The images of one sample, per view (channels, height, width), and the keys of all its payloads."""
+    """The images of one sample, per view (channels, height, width), and the keys of all its payloads.
+
+    `mask` (height, width) uint8 is what an augmented sample is to become, of a dense target.
+    """
 
     sample: int
     images: Mapping[str, Sequence[Tensor]]
     keys: tuple[bytes, ...]
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Batch:
         images: per view (m, channels, height, width), uint8 or float32 in 0..1, not normalised.
         owner: per view (m,) int64, position in the batch of each image's sample.
         failures: samples that should have been in this batch and could not be read.
+        masks: (n, height, width) uint8 in the place of the samples' targets, where they change with the images.
     """
 
     samples: NDArray[np.int64]
@@ -61,6 +67,15 @@ class Batch:
     images: Mapping[str, Tensor]
     owner: Mapping[str, Tensor]
     failures: tuple[Failure, ...]
+    masks: Tensor | None = None
+
+    def alone(self, views: Sequence[str], number: int) -> Batch:
+        """The same samples, of which the model gets that one of the views."""
+        present = torch.zeros_like(self.present)
+        present[:, number] = self.present[:, number]
+        kept = {views[number]} & set(self.images)
+        images, owner = ({view: held[view] for view in kept} for held in (self.images, self.owner))
+        return replace(self, present=present, images=images, owner=owner)
 
 
 class SampleImages:
@@ -72,6 +87,7 @@ class SampleImages:
         seed: of every draw; a draw depends on (seed, epoch, sample) alone.
         augmentation: applied where an epoch is given, with one geometric draw for all views of a sample; per view, or
             one for all.
+        own: by view the augmentation of each sample, in the place of the view's.
         alike: whether all samples get the same draws, so that none depends on its place in the manifest.
         view_dropout: probability that a view is hidden where an epoch is given.
     """
@@ -83,6 +99,7 @@ class SampleImages:
         *,
         seed: int = 0,
         augmentation: Augmentation | Mapping[str, Augmentation] | None = None,
+        own: Mapping[str, Sequence[Augmentation | None]] = MappingProxyType({}),
         view_dropout: float = 0.0,
         alike: bool = False,
     ) -> None:
@@ -91,7 +108,7 @@ class SampleImages:
         self._seed, self._view_dropout, self._alike = seed, view_dropout, alike
         if isinstance(augmentation, Augmentation):
             augmentation = dict.fromkeys(self.views, augmentation)
-        self._augmentation = dict(augmentation or {})
+        self._augmentation, self._own = dict(augmentation or {}), dict(own)
         self._cells: dict[str, list[list[Cell]]] = {}
         owners = manifest.cells["sample"].to_numpy()
         for view in self.views:
@@ -118,6 +135,9 @@ class SampleImages:
         generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
         return drop_views(present[None], self._view_dropout, generator)[0]
 
+    def _augmented(self, view: str, sample: int) -> Augmentation | None:
+        return self._own[view][sample] if view in self._own else self._augmentation.get(view)
+
     def load(self, sample: int, epoch: int | None = None) -> Loaded | Failure:
         """Read, decode and bring to size the images of one sample; nothing that an image does raises.
 
@@ -131,7 +151,7 @@ class SampleImages:
         for number, view in enumerate(self.views):
             if not shown[number]:
                 continue
-            setup, augmentation = self._setups[view], self._augmentation.get(view)
+            setup, augmentation = self._setups[view], self._augmented(view, sample)
             for cell in self._cells[view][sample]:
                 payload = read_payload(cell)
                 if isinstance(payload, ReadFailure):

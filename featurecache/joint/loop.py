@@ -151,6 +151,8 @@ class Loop:
             "epoch": epoch, "phase": phase.name, "train_loss": train_loss, "valid_loss": valid_loss,
             "lr": within.rate, "seconds": round(within.seconds + time.perf_counter() - started, 3),
         }  # fmt: skip
+        judged = "" if valid_loss is None else f", validation loss {valid_loss:.4f}"
+        self.reporter.note(f"epoch {epoch}/{self.epochs}: loss {train_loss:.4f}{judged}")
         progress = self.note(replace(progress, within={}), row, valid_loss, self.processes.gather(failures))
         if self.stalled(phase, progress):
             self.reporter.note(f"no better loss since epoch {progress.best_epoch}: the {phase.name} phase ends here")
@@ -200,20 +202,18 @@ class Loop:
         mine = self.valid[self.processes.rank :: self.processes.count]
         self.reporter.begin(task, len(mine), "samples")
         self.loss.eval()
+        sums, failures = torch.zeros(3, device=self.runner.device), list[Failure]()
         try:
             with self.kept_weights():
-                samples, outputs, failures = self.runner.predict(
-                    self.images, mine, batch_size=2 * self.plan.batch_size, workers=self.plan.workers,
+                for samples, outputs in self.runner.stream(
+                    self.images, mine, failures, batch_size=2 * self.plan.batch_size, workers=self.plan.workers,
                     advance=lambda n: self.reporter.advance(task, n),
-                )  # fmt: skip
+                ):  # fmt: skip
+                    targets = self.stepper.targets[samples].to(outputs.device)
+                    sums[:2] += torch.stack(self.loss.sums(outputs, targets))
+                    sums[2] += len(samples)
         finally:
             self.reporter.end(task)
-        device = self.runner.device
-        sums = torch.zeros(3, device=device)
-        if len(samples):
-            targets = self.stepper.targets[samples].to(device)
-            sums[:2] = torch.stack(self.loss.sums(outputs.to(device), targets))
-            sums[2] = len(samples)
         total, weight, count = self.processes.total(sums).tolist()
         if not count:
             raise FeatureCacheError("none of the validation samples can be read")

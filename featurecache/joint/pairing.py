@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featurecache.config import ANY_VIEW
+from featurecache.config import ANY_VIEW, for_view
+from featurecache.data.manifest import Manifest
 from featurecache.data.targets import Target
 from featurecache.data.transforms import Augmentation
 from featurecache.errors import InputError
 from featurecache.features import Block
 from featurecache.joint.images import Failure, Loaded, SampleImages
 from featurecache.joint.samples import Samples, choose_samples
+from featurecache.joint.settings import augmentations, mixing
 from featurecache.joint.start import Start, make_blocks
 from featurecache.pairs import Partners
 from featurecache.progress import Reporter
+from featurecache.reporting.thumbnails import Picture, Pictures
+from featurecache.store.recipe import Recipe
 
 VIEWS = ("first", "second")
 TARGET, CLASSES = "same", ("different", "same")
@@ -50,18 +55,38 @@ def paired(start: Start) -> Start:
     blocks: tuple[Block, ...] = make_blocks(setups)
     values = np.tile(np.array([1, 0], dtype=np.int64), len(start.target.values))
     values[~np.repeat(start.target.known, PAIRS)] = -1
+    column = for_view(config.augment_column, setup.view, "")
     fusion = "difference-product" if config.fusion == "concat" else config.fusion
     reading = {**config.reader_settings.get(ANY_VIEW, {}), **config.reader_settings.get(setup.view, {})}
+    augmentations(config, (setup.view,))  # refuses other views
+    mixed = tuple(name for name in mixing(config) if name not in for_view(config.augment, setup.view, ()))
     as_pairs = config.model_copy(
         update={
             "views": {view: view for view in VIEWS}, "layout": "wide", "box": {}, "frame": {}, "flip_if": {},
             "reader": {ANY_VIEW: setup.reader.name}, "reader_settings": {ANY_VIEW: reading} if reading else {},
             "target": (TARGET,), "task": "binary", "uncertain": {}, "fusion": fusion,
             "share_bodies": "all", "view_dropout": 0.0,
+            "augment": {ANY_VIEW: (*for_view(config.augment, setup.view, ()), *mixed)},
+            "augment_column": {ANY_VIEW: column} if column else {},
         }
     )  # fmt: skip
     target = Target("binary", (TARGET,), CLASSES, values)
     return replace(start, config=as_pairs, setups=setups, blocks=blocks, target=target, single=start)
+
+
+class PairPictures(Pictures):
+    """The images of pairs, by the id of the pair.
+
+    Attributes:
+        pairs: the two samples of each.
+    """
+
+    pairs: Mapping[str, tuple[str, str]]
+
+    def of(self, sample_id: str, size: int) -> list[Picture]:
+        """The pictures of both."""
+        both = zip(VIEWS, self.pairs[sample_id], strict=True)
+        return [replace(picture, view=view) for view, one in both for picture in Pictures.of(self, one, size)]
 
 
 class PairImages(SampleImages):
@@ -73,17 +98,31 @@ class PairImages(SampleImages):
     Args:
         start: from `paired`.
         augmentation: by view of the manifest, drawn for each image by itself.
+        own: by view that of each sample, in the place of the view's.
+
+    Attributes:
+        apart: the samples that pairs are made of, in the process that has chosen them.
     """
 
-    def __init__(self, start: Start, augmentation: Mapping[str, Augmentation]) -> None:
+    apart: Samples
+
+    def __init__(
+        self,
+        start: Start,
+        augmentation: Mapping[str, Augmentation],
+        own: Mapping[str, Sequence[Augmentation | None]] = MappingProxyType({}),
+    ) -> None:
         assert start.single is not None  # `paired` has made it
         single = start.single
         self.views = VIEWS
-        self.singles = SampleImages(single.manifest, single.setups, seed=start.config.seed, augmentation=augmentation)
+        self.singles = SampleImages(
+            single.manifest, single.setups, seed=start.config.seed, augmentation=augmentation, own=own
+        )
         (self._view,) = single.setups
         self._names: list[str] = single.manifest.table["sample_id"].to_list()
         self._classes: NDArray[np.int64] = single.target.values
         self._seed = start.config.seed
+        self._pairs: dict[str, tuple[str, str]] = {}
         self._sides: list[tuple[NDArray[np.int64], Partners]] = []
         self._drawn: tuple[int, NDArray[np.int64]] | None = None
         self._lock = threading.Lock()
@@ -112,7 +151,10 @@ class PairImages(SampleImages):
         place = {int(row): position for position, row in enumerate(samples.rows)}
         of = np.array([place[int(row) // PAIRS] for row in chosen])
         failed = tuple(replace(failure, sample=PAIRS * failure.sample) for failure in samples.failed)
-        return Samples(chosen, samples.splits[of], samples.groups[of], np.ones((len(of), 2), dtype=np.bool_), failed)
+        both = np.ones((len(of), 2), dtype=np.bool_)
+        content = tuple(samples.content[place] for place in of)
+        self.apart = samples
+        return Samples(chosen, samples.splits[of], samples.groups[of], both, content, failed)
 
     def pair(self, samples: Samples) -> list[str]:
         """Learn from the chosen pairs which samples may be partners; returns an id for each of all pairs."""
@@ -121,12 +163,17 @@ class PairImages(SampleImages):
             here = np.unique(samples.of(side) // PAIRS)
             if len(here):
                 self._sides.append((here, Partners(self._classes[here])))
-        partners = self.partners(None)
-        return [
-            f"{name}+{self._names[int(other)]}"
-            for name, two in zip(self._names, partners, strict=True)
-            for other in two
-        ]
+        names = self._names
+        found = [(name, names[int(i)]) for name, two in zip(names, self.partners(None), strict=True) for i in two]
+        ids = ["+".join(pair) for pair in found]
+        self._pairs = dict(zip(ids, found, strict=True))
+        return ids
+
+    def pictures(self, manifest: Manifest, recipes: Mapping[str, Recipe]) -> PairPictures:
+        """The images of the pairs, where validation has drawn them."""
+        found = PairPictures.of_manifest(manifest, recipes)
+        found.pairs = self._pairs
+        return found
 
     def partners(self, epoch: int | None) -> NDArray[np.int64]:
         """(n_samples, 2) int64: the partner of its own class, and of another; its own number where it has none."""

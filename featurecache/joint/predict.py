@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,16 +16,21 @@ from featurecache.bodies.identity import identify
 from featurecache.bodies.registry import Body, load_run_body, trusted_factories
 from featurecache.bodies.taps import resolve_taps
 from featurecache.config import JointConfig, Tap
+from featurecache.data.dense import DENSE
 from featurecache.data.manifest import Manifest
 from featurecache.data.readers import get_reader
 from featurecache.data.transforms import Augmentation
+from featurecache.densefit import write_masks
 from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.features import Block
+from featurecache.heads.decoder import DecoderHead
 from featurecache.heads.fc import FCHead
 from featurecache.heads.losses import scores_from_outputs
 from featurecache.joint.build import make_model
-from featurecache.joint.images import SampleImages
+from featurecache.joint.dense import said_masks
+from featurecache.joint.images import Failure, SampleImages
 from featurecache.joint.model import JointModel
+from featurecache.joint.own import own_augmentations
 from featurecache.joint.runner import Runner, make_fabric
 from featurecache.joint.samples import failure_rows
 from featurecache.joint.settings import augmentations
@@ -32,6 +38,8 @@ from featurecache.progress import Reporter, Silent
 from featurecache.recorded import check_reader
 from featurecache.run import Run
 from featurecache.viewsetup import ViewSetup
+
+Own = dict[str, list[Augmentation | None]]
 
 
 class JointPrediction(NamedTuple):
@@ -42,19 +50,21 @@ class JointPrediction(NamedTuple):
         scores: (n, classes), (n, labels) probabilities, NaN where a label was not trained; regression (n, targets).
         present: (n, n_views) bool: the views that each has.
         failed: a row of failures.csv for each sample that could not be read.
+        files: (n,) of predicted masks, relative to what their folder lies in; of a dense run.
     """
 
     sample_ids: NDArray[np.str_]
     scores: NDArray[np.float64]
     present: NDArray[np.bool_]
     failed: list[dict[str, str]]
+    files: tuple[str, ...] = ()
 
 
 class LoadedJoint(NamedTuple):
     """A joint run as a network: `model` in eval mode on the CPU, its `head`, and what prepares each view's images."""
 
     model: JointModel
-    head: FCHead
+    head: FCHead | DecoderHead
     setups: dict[str, ViewSetup]
 
 
@@ -78,7 +88,7 @@ def load_joint(run: Run, *, trust: Sequence[str] = ()) -> LoadedJoint:
         multi = str(run.config["multi"])
     except (KeyError, TypeError) as error:
         raise RunError(f"{run.path}: run.json is incomplete ({type(error).__name__}: {error})") from None
-    head = FCHead.load(run.path)
+    head = (DecoderHead if run.task == DENSE else FCHead).load(run.path)
     if list(head.blocks_) != blocks:
         raise RunError(f"{run.path}: the head takes other features than the bodies give; train the run anew")
     return LoadedJoint(make_model(setups, blocks, head.module, multi=multi), head, setups)
@@ -94,6 +104,7 @@ def predict_joint(
     workers: int | Literal["auto"] = "auto",
     trust: Sequence[str] = (),
     tta: int = 0,
+    masks: Path | None = None,
     reporter: Reporter | None = None,
 ) -> JointPrediction:
     """Predict samples with a joint run, by a live forward pass.
@@ -108,6 +119,7 @@ def predict_joint(
         trust: factories that the run may name as bodies.
         tta: test-time augmentation: the mean over the plain images and so many versions, drawn as while training, the
             same for all samples.
+        masks: where a dense run writes its masks; None for nowhere.
         reporter: told of progress.
 
     Raises:
@@ -120,7 +132,9 @@ def predict_joint(
             f"{manifest.path}: has the views {', '.join(manifest.views)}, but the run reads {', '.join(setups)}"
         )
     reporter = reporter or Silent()
-    versions = _versions(run, tta)
+    if tta and run.task == DENSE:
+        raise InputError(f"--tta {tta}: masks of augmented versions don't lie on each other. Leave it out.")
+    versions, own = _versions(run, manifest, tta)
     where = resolve_device(device)
     if precision == "auto":
         recorded = str(run.record.get("precision", "fp32"))
@@ -129,7 +143,7 @@ def predict_joint(
     runner = Runner(fabric, fabric.setup_module(model), {view: setup.preprocessing for view, setup in setups.items()})
     images = SampleImages(manifest, setups)
     wanted = np.flatnonzero(images.present.any(axis=1)).astype(np.int64)
-    drawn = SampleImages(manifest, setups, seed=int(run.config["seed"]), augmentation=versions, alike=True)
+    drawn = SampleImages(manifest, setups, seed=int(run.config["seed"]), augmentation=versions, own=own, alike=True)
     reporter.begin("predict", len(wanted) * (1 + tta), "samples")
     options: dict[str, Any] = {
         "batch_size": 32 if batch_size == "auto" else batch_size,
@@ -137,6 +151,8 @@ def predict_joint(
         "advance": lambda n: reporter.advance("predict", n),
     }
     try:
+        if isinstance(head, DecoderHead):
+            return _predict_masks(run, runner, images, wanted, manifest, masks, **options)
         rows, outputs, failed = runner.predict(images, wanted, **options)
         scores = joint_scores(head, outputs)
         for version in range(1, tta + 1):
@@ -149,20 +165,44 @@ def predict_joint(
     return JointPrediction(chosen, scores, images.present[rows], failure_rows(ids, failed))
 
 
-def _versions(run: Run, tta: int) -> dict[str, Augmentation]:
-    """What test-time augmentation changes in the images of each view."""
+def _predict_masks(
+    run: Run,
+    runner: Runner,
+    images: SampleImages,
+    wanted: NDArray[np.int64],
+    manifest: Manifest,
+    masks: Path | None,
+    **options: Any,
+) -> JointPrediction:
+    """Masks of samples; `scores` are the shares of the picture that the classes take."""
+    ids = manifest.table["sample_id"].to_list()
+    failed: list[Failure] = []
+    said = said_masks(runner, images, wanted, failed, **options)
+    shares, files = write_masks(said, [ids[row] for row in wanted], run.classes, masks)
+    there = np.flatnonzero(~np.isin(wanted, [failure.sample for failure in failed]))
+    rows = wanted[there]
+    chosen = np.array([ids[row] for row in rows], dtype=np.str_)
+    kept = tuple(files[place] for place in there.tolist())
+    return JointPrediction(chosen, shares[there], images.present[rows], failure_rows(ids, failed), kept)
+
+
+def _versions(run: Run, manifest: Manifest, tta: int) -> tuple[dict[str, Augmentation], Own]:
+    """What test-time augmentation changes in the images of each view, and of each sample where the manifest says it."""
     if tta < 0:
         raise InputError(f"--tta {tta}: 0 for none, or how many versions of each sample")
     if not tta:
-        return {}
-    names = run.config.get("augment") or ()
-    found = augmentations(JointConfig.create({"manifest": "-", "augment": names}), run.views)
-    if not found:
+        return {}, {}
+    config = JointConfig.create({"manifest": "-", "augment": run.config.get("augment") or ()})
+    found = augmentations(config, run.views)
+    columns = run.config.get("augment_column") or {}
+    there = {view: column for view, column in columns.items() if column in manifest.table.columns}
+    own = own_augmentations(config.model_copy(update={"augment_column": there}), manifest, found, run.views)
+    if not found and not own:
         raise InputError(
             f"{run.path}: was trained without augmentation of its images, so --tta has nothing to draw from. "
             "Leave it out."
         )
-    return found
+    return found, own
 
 
 def joint_scores(head: FCHead, outputs: torch.Tensor) -> NDArray[np.float64]:

@@ -56,9 +56,8 @@ def cache_lower_part(start: Start, reporter: Reporter) -> Summary:
         StoreError: the activations don't fit on the disk, or the store can't be written.
     """
     config = start.config
-    fields = {name: getattr(config, name) for name in (*BodyConfig.model_fields, *ManifestConfig.model_fields)}
     stage = ExtractConfig(
-        **fields,
+        **config.fields_of(BodyConfig, ManifestConfig),
         store=config.store or Path(),
         name=dataset_name(start),
         replace=True,
@@ -87,6 +86,8 @@ def replica_augmentation(config: JointConfig) -> tuple[str, ...]:
     """
     if not config.replicas:
         return ()
+    if config.augment_column:
+        raise InputError("--replicas: all samples have as many of them; leave out --augment-column")
     if set(config.augment) - {ANY_VIEW}:
         raise InputError("--replicas: they are augmented alike in all views; leave VIEW= out of --augment")
     names = tuple(name for name in config.augment.get(ANY_VIEW, ()) if name in AUGMENTATIONS)

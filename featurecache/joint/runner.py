@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,6 +80,35 @@ class Runner:
         owner = {view: rows.to(self.device) for view, rows in batch.owner.items()}
         return self.module(images, batch.present.to(self.device), owner)  # type: ignore[no-any-return]
 
+    def stream(
+        self,
+        images: SampleImages,
+        samples: NDArray[np.int64],
+        failures: list[Failure],
+        *,
+        batch_size: int,
+        workers: int,
+        epoch: int | None = None,
+        alone: int | None = None,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Batch by batch the samples that could be read and their logits on the device; arguments as `predict`.
+
+        What can't be read is added to `failures`.
+        """
+        self.module.eval()
+        plan = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        with closing(images.batches(plan, epoch=epoch, workers=workers)) as batches:
+            for batch in batches:
+                failures += batch.failures
+                if alone is not None:
+                    batch = batch.alone(images.views, alone)
+                if len(batch.samples):
+                    with torch.no_grad():
+                        logits = self.outputs(batch).float()
+                    yield batch.samples, logits
+                advance(len(batch.samples) + len(batch.failures))
+
     def predict(
         self,
         images: SampleImages,
@@ -87,21 +117,20 @@ class Runner:
         batch_size: int,
         workers: int,
         epoch: int | None = None,
+        alone: int | None = None,
         advance: Callable[[int], None] = lambda n: None,
     ) -> tuple[NDArray[np.int64], Tensor, list[Failure]]:
-        """Logits: (samples that could be read, (n, outputs) on the CPU, failures); of plain images without an epoch."""
-        self.module.eval()
+        """Logits: (samples that could be read, (n, outputs) on the CPU, failures); of plain images without an epoch.
+
+        Where `alone` is the number of a view, the model gets that view of each sample, which all of them need to have.
+        """
         done: list[NDArray[np.int64]] = []
         outputs: list[Tensor] = []
         failures: list[Failure] = []
-        plan = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-        with torch.no_grad():
-            for batch in images.batches(plan, epoch=epoch, workers=workers):
-                failures += batch.failures
-                if len(batch.samples):
-                    outputs.append(self.outputs(batch).float().cpu())
-                    done.append(batch.samples)
-                advance(len(batch.samples) + len(batch.failures))
+        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "epoch": epoch, "alone": alone}
+        for some, logits in self.stream(images, samples, failures, advance=advance, **options):
+            outputs.append(logits.cpu())
+            done.append(some)
         if not outputs:
             return np.empty(0, dtype=np.int64), torch.empty(0, 0), failures
         return np.concatenate(done), torch.cat(outputs), failures

@@ -30,6 +30,7 @@ class Samples:
         splits: `train`, `valid`, `test` per row; '' where the target is unknown, or where the reused split has no say.
         groups: what the split kept together, per row.
         present: (n, n_views) bool.
+        content: per row the keys of its images.
         failed: those that had to be left out since an image can't be read.
     """
 
@@ -37,6 +38,7 @@ class Samples:
     splits: NDArray[Any]
     groups: NDArray[Any]
     present: NDArray[np.bool_]
+    content: tuple[tuple[str, ...], ...]
     failed: tuple[Failure, ...]
 
     def of(self, split: str) -> NDArray[np.int64]:
@@ -50,9 +52,9 @@ class Samples:
         keep = ~np.isin(self.rows, [failure.sample for failure in more])
         known = {failure.sample for failure in self.failed}
         fresh = tuple({f.sample: f for f in more if f.sample not in known}.values())
-        return Samples(
-            self.rows[keep], self.splits[keep], self.groups[keep], self.present[keep], (*self.failed, *fresh)
-        )
+        content = tuple(keys for keys, kept in zip(self.content, keep.tolist(), strict=True) if kept)
+        arrays = (self.rows[keep], self.splits[keep], self.groups[keep], self.present[keep])
+        return Samples(*arrays, content, (*self.failed, *fresh))
 
 
 def choose_samples(start: Start, images: SampleImages, *, workers: int, reporter: Reporter) -> Samples:
@@ -94,13 +96,14 @@ def choose_samples(start: Start, images: SampleImages, *, workers: int, reporter
             else f"{start.manifest.path}: no sample has an image"
         )
     kept = np.array(rows, dtype=np.int64)
-    splits, groups = _split(start, kept, [content[row] for row in rows])
-    return Samples(kept, splits, groups, present[kept], tuple(failed))
+    keys = [content[row] for row in rows]
+    splits, groups = _split(start, kept, keys)
+    return Samples(kept, splits, groups, present[kept], tuple(keys), tuple(failed))
 
 
 def _split(start: Start, kept: NDArray[np.int64], content: list[tuple[str, ...]]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Split and group of the kept samples."""
-    config = SplitConfig(**{name: getattr(start.config, name) for name in SplitConfig.model_fields})
+    config = SplitConfig(**start.config.fields_of(SplitConfig))
     table = start.manifest.table[kept]
     groups = sample_groups(table, config.group)
     if start.splits is None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from featurecache.joint.dense import DenseImages
 from featurecache.joint.images import SampleImages
+from featurecache.joint.own import own_augmentations
 from featurecache.joint.pairing import PairImages
 from featurecache.joint.parallel import Processes
 from featurecache.joint.prefix import AsStored, StoredMaps, cache_lower_part, compare_speed
@@ -16,16 +20,18 @@ from featurecache.progress import Reporter
 def open_images(start: Start, processes: Processes, reporter: Reporter) -> SampleImages:
     """What training reads; where activations are cached, the first process has seen to it that they are there."""
     config = start.config
+    views = tuple((start.single or start).setups)
+    usual = augmentations(config, views)
+    own = own_augmentations(config, start.manifest, usual, views)
     if start.single is not None:
-        return PairImages(start, augmentations(config, tuple(start.single.setups)))
+        return PairImages(start, usual, own)
     if not start.uppers:
-        return SampleImages(
-            start.manifest,
-            start.setups,
-            seed=config.seed,
-            augmentation=augmentations(config, tuple(start.setups)),
-            view_dropout=config.view_dropout or 0.0,
-        )
+        options: dict[str, Any] = {
+            "seed": config.seed, "augmentation": usual, "own": own, "view_dropout": config.view_dropout or 0.0
+        }  # fmt: skip
+        if start.masks is not None:
+            return DenseImages(start.masks, start.target.classes, start.manifest, start.setups, **options)
+        return SampleImages(start.manifest, start.setups, **options)
     if processes.rank == 0:
         cache_lower_part(start, reporter)
     processes.wait()

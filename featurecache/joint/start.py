@@ -25,14 +25,19 @@ from featurecache.config import (
     TargetConfig,
     for_view,
 )
-from featurecache.data.manifest import Manifest, read_manifest
+from featurecache.data.dense import DENSE
+from featurecache.data.manifest import Manifest, read_manifest, with_readers
 from featurecache.data.splits import read_splits
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.features import Block
 from featurecache.fusion import get_fusion
 from featurecache.heads.base import read_record as read_head_record
+from featurecache.heads.decoder import DecoderHead
+from featurecache.heads.decodermodule import maps_by_size
 from featurecache.heads.fc import FCHead
+from featurecache.joint.dense import check_options, mask_files
+from featurecache.masks import MaskFiles, read_masks
 from featurecache.recorded import check_bodies, read_recipe, recipe_differences
 from featurecache.run import Run, load_run
 from featurecache.viewsetup import ViewSetup, set_up_view
@@ -54,6 +59,8 @@ class Start:
         seed: of random weights.
         uppers: per view the part of its body that learns, where the rest is cached.
         single: what is paired, where pairs of one view are compared.
+        masks: where they are, if the target is dense.
+        division: what the run says of how its split was made, where that split is taken.
     """
 
     config: JointConfig
@@ -61,11 +68,13 @@ class Start:
     target: Target
     setups: dict[str, ViewSetup]
     blocks: tuple[Block, ...]
-    head: FCHead | None
+    head: FCHead | DecoderHead | None
     splits: NDArray[Any] | None
     seed: int
     uppers: dict[str, Upper] = field(default_factory=dict)
     single: Start | None = None
+    masks: MaskFiles | None = None
+    division: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tap(self) -> dict[str, list[str]]:
@@ -95,20 +104,28 @@ def prepare(config: JointConfig) -> Start:
         raise InputError("no target: give --target COLUMN, or --init RUN to take it from a fitted fc head")
     config = _settled(config)
     manifest = read_manifest(config)
+    config = with_readers(config, manifest)
     recorded = run.record["body_config"].get("seed") if run is not None else None
     seed = config.seed if recorded is None else int(recorded)
     setups = set_up(config, manifest.views, taps=taps, seed=seed)
     if run is not None:
         for view, setup in setups.items():
             _check_recipe(run, view, setup)
-    target = read_target(
-        manifest.table, config.target, task=config.task, uncertain=config.uncertain, source=str(manifest.path)
-    )
+    masks = None
+    if config.head == "decoder":
+        check_options(config, tuple(setups))
+        masks = mask_files(config, manifest, setups)
+        maps_by_size(make_blocks(setups))  # refuses what is no map
+        target: Target = read_masks(masks, source=str(manifest.path), classes=head.classes_ if head else None)
+    else:
+        target = read_target(
+            manifest.table, config.target, task=config.task, uncertain=config.uncertain, source=str(manifest.path)
+        )
     blocks = make_blocks(setups)
     fusion = get_fusion(config.fusion)
     fusion.check_preprocessing({view: setup.preprocessing.parameters() for view, setup in setups.items()})
     fusion(blocks)  # refuses features that it can't join, before anything is read
-    splits = None
+    splits, division = None, {}
     if run is not None and head is not None:
         if (head.task_, head.classes_, head.names_) != (target.task, tuple(target.classes), tuple(target.names)):
             raise InputError(
@@ -119,9 +136,9 @@ def prepare(config: JointConfig) -> Start:
         if head.blocks_ != blocks:
             raise RecipeMismatchError(f"{config.init}: the head takes other features than the bodies give: {blocks}")
         if config.split == "auto":
-            splits = _splits_of(run, manifest)
+            splits, division = _splits_of(run, manifest), dict(run.record.get("split") or {})
     uppers = cut_bodies(config, setups)
-    return Start(config, manifest, target, setups, blocks, head, splits, seed, uppers)
+    return Start(config, manifest, target, setups, blocks, head, splits, seed, uppers, masks=masks, division=division)
 
 
 def _settled(config: JointConfig) -> JointConfig:
@@ -130,7 +147,7 @@ def _settled(config: JointConfig) -> JointConfig:
     Raises:
         InputError: options that contradict each other.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"head": "decoder"} if config.task == DENSE else {}
     if (config.share_bodies == "stem") != (config.stem is not None):
         raise InputError(
             "--share-bodies stem and --stem MODULE, the last module that is shared, go together: give both or neither. "
@@ -161,7 +178,7 @@ def set_up(
     """
     if taps and config.tap:
         raise InputError("--tap: the head that training starts from says which taps it takes; leave out --tap")
-    fields = {name: getattr(config, name) for name in (*BodyConfig.model_fields, *ManifestConfig.model_fields)}
+    fields = config.fields_of(BodyConfig, ManifestConfig)
     stage = ExtractConfig(store=NO_STORE, seed=seed, tap=dict(taps) or config.tap, **fields)
     bodies: dict[tuple[Any, ...], Any] | None = {} if config.share_bodies == "all" else None
     setups = {view: set_up_view(stage, view, bodies=bodies) for view in views}
@@ -216,14 +233,14 @@ def make_blocks(setups: Mapping[str, ViewSetup]) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _fitted_head(run: Run) -> FCHead:
-    if run.kind != "head" or read_head_record(run.path).head != "fc":
+def _fitted_head(run: Run) -> FCHead | DecoderHead:
+    if run.kind != "head" or read_head_record(run.path).head not in ("fc", "decoder"):
         what = "a joint run" if run.kind == "joint" else f"a head {read_head_record(run.path).head!r}"
         raise InputError(
-            f"{run.path}: --init needs a run of fit-head --head fc, this is {what}. Joint training goes on from fc "
-            "heads only: their weights become the last layers of the network."
+            f"{run.path}: --init needs a run of fit-head --head fc or decoder, this is {what}. Joint training goes on "
+            "from these only: their weights become the last layers of the network."
         )
-    return FCHead.load(run.path)
+    return (FCHead if read_head_record(run.path).head == "fc" else DecoderHead).load(run.path)
 
 
 def _given(config: Settings, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +248,7 @@ def _given(config: Settings, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, field in fields.items() if (value := getattr(config, name)) != field.get_default()}
 
 
-def _completed(config: JointConfig, run: Run, head: FCHead) -> JointConfig:
+def _completed(config: JointConfig, run: Run, head: FCHead | DecoderHead) -> JointConfig:
     """The configuration with what the run knows where nothing else was asked for."""
     values: dict[str, Any] = {}
     parts: dict[str, type[Settings]] = {
@@ -264,14 +281,14 @@ def _completed(config: JointConfig, run: Run, head: FCHead) -> JointConfig:
         )
     if merged.views:
         merged = merged.model_copy(update={"views": {view: merged.views[view] for view in run.views}})
-    fusion = head.settings.fusion
+    fusion = head.settings.fusion if isinstance(head, FCHead) else "concat"
     if "fusion" in _given(config, {"fusion": JointConfig.model_fields["fusion"]}) and merged.fusion != fusion:
         takes = "takes concatenated features" if fusion == "concat" else f"joins views by {fusion}"
         raise InputError(f"{run.path}: the head {takes}, so --fusion {merged.fusion} can't start from it")
-    return merged.model_copy(update={"fusion": fusion})
+    return merged.model_copy(update={"fusion": fusion, "head": head.name})
 
 
-def _taps(run: Run, head: FCHead) -> dict[str, tuple[Tap, ...]]:
+def _taps(run: Run, head: FCHead | DecoderHead) -> dict[str, tuple[Tap, ...]]:
     """Per view the taps that the head takes, in its order."""
     found: dict[str, list[Tap]] = {}
     for block in head.blocks_:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featurecache.heads.decodermodule import DenseLoss
 from featurecache.heads.losses import HeadLoss
 from featurecache.joint.images import Batch, Failure
 from featurecache.joint.mixing import mix
@@ -50,7 +51,9 @@ class Stepper:
         plan: how to train.
     """
 
-    def __init__(self, runner: Runner, processes: Processes, loss: HeadLoss, targets: Tensor, plan: Plan) -> None:
+    def __init__(
+        self, runner: Runner, processes: Processes, loss: HeadLoss | DenseLoss, targets: Tensor, plan: Plan
+    ) -> None:
         self.runner, self.processes, self.loss, self.targets, self.plan = runner, processes, loss, targets, plan
         # Losses are divided by a fixed number before the backward pass, to keep fp16 gradients in range, and the
         # gradients are put right once the weights of all processes are known.
@@ -84,7 +87,7 @@ class Stepper:
 
     def _losses(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Sum of the losses of a batch, and sum of their weights."""
-        targets = self.targets[batch.samples].to(self.runner.device)
+        targets = (self.targets[batch.samples] if batch.masks is None else batch.masks).to(self.runner.device)
         if not self.plan.mixing:
             return self.loss.sums(self.runner.outputs(batch), targets)
         mixed = mix(batch, self.plan.mixing, rng)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -122,6 +123,10 @@ class Network:
         mine = [block for block in self.blocks if block.view == view]
         return slice(mine[0].start, mine[-1].stop)
 
+    def pictured(self, views: Iterable[str]) -> list[str]:
+        """The views that can be drawn: all but texts."""
+        return [view for view in views if self.setups[view].reader.kind != "text"]
+
     def encode(self, view: str, x: Tensor) -> Tensor:
         """(n, channels, height, width) -> (n, the view's columns)."""
         return torch.cat([output.flatten(1).float() for output in self.bodies[view](x)], dim=1)
@@ -185,15 +190,16 @@ def heat_maps(
         seed: of what gradient-shap draws.
 
     Returns:
-        Per view that the sample has (height, width) float32 from 0 on, in one unit for all views of it.
+        Per view that the sample has (height, width) float32 from 0 on, in one unit for all views of it. A view of texts
+        has no picture, so no map: its features count as they are.
 
     Raises:
         InputError: the method does not suit the body.
     """
     features = network.features(images)
     found = {}
-    for view, image in images.items():
-        part = ViewPart(network, view, features).eval()
+    for view in network.pictured(images):
+        image, part = images[view], ViewPart(network, view, features).eval()
         with _quiet(seed):
             heat = _METHODS[method](part, image[None].clone(), output, layer)
         heat = interpolate(heat.float(), size=image.shape[1:], mode="bilinear", align_corners=False)
@@ -246,6 +252,11 @@ def _gradient_shap(part: ViewPart, x: Tensor, output: int, layer: str) -> Tensor
 def _guided_backprop(part: ViewPart, x: Tensor, output: int, layer: str) -> Tensor:
     from captum.attr import GuidedBackprop
 
+    if not any(isinstance(module, nn.ReLU) for module in part.body.modules()):
+        raise InputError(
+            "--method guided-backprop: it is about ReLUs, and this body has none. "
+            "Use --method gradient-shap or occlusion."
+        )
     given: Tensor = GuidedBackprop(part).attribute(x.requires_grad_(), target=output)
     return _smooth(given.abs().amax(dim=1, keepdim=True))
 
@@ -283,14 +294,22 @@ def _quiet(seed: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
-def map_modules(body: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
-    """The modules of a body that give a map of more than one pixel, in the order in which they end, with the maps."""
-    seen: list[tuple[str, nn.Module, Tensor]] = []
+def spatial_modules(body: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, bool]]:
+    """The modules of a body that tell places apart, in the order in which they end: name, module, whether it is a map.
+
+    A map is (n, channels, height, width) of the image's proportions and more than one pixel. Else there are tokens:
+    (n, tokens, channels), or (n, height, width, channels) as in Swin.
+    """
+    seen: list[tuple[str, nn.Module, bool]] = []
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-                seen.append((name, module, output.detach().clone()))
+            first = output[0] if isinstance(output, tuple) and output else output
+            if not isinstance(first, Tensor):
+                return
+            tokens = first.ndim == 3 and min(first.shape[1:]) > 1
+            if (is_map := _proportional(first.shape[2:], x)) or tokens or _proportional(first.shape[1:3], x):
+                seen.append((name, module, is_map))
 
         return hook
 
@@ -304,16 +323,33 @@ def map_modules(body: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, Tensor
     return seen
 
 
+def _proportional(places: Sequence[int], x: Tensor) -> bool:
+    """Whether these are the height and width of a map of `x`."""
+    if len(places) != 2 or min(places) < 2:
+        return False
+    height, width = x.shape[2:]
+    step = math.sqrt(places[0] * places[1] / (height * width))
+    return abs(places[0] - height * step) <= 1 and abs(places[1] - width * step) <= 1
+
+
 def last_map(body: nn.Module, x: Tensor) -> nn.Module:
     """The last module of a body that gives a map.
 
     Raises:
-        InputError: none does, as in a transformer.
+        InputError: none does, or places are mixed by what comes behind it, as in a transformer.
     """
-    found = map_modules(body, x)
-    if not found:
-        raise InputError("--method gradcam: no module of this body gives a map. Use --method occlusion.")
-    return found[-1][1]
+    found = spatial_modules(body, x)
+    other = "Use --method occlusion or gradient-shap."
+    maps = [(name, module) for name, module, is_map in found if is_map]
+    if not maps:
+        raise InputError(f"--method gradcam: no module of this body gives a map. {other}")
+    if not found[-1][2]:
+        name = maps[-1][0].removeprefix("module.")
+        raise InputError(
+            f"--method gradcam: behind {name!r}, its last map, this body works on tokens, as transformers do, and what "
+            f"they attend to is not in that map. {other} (--layer {name} draws it all the same.)"
+        )
+    return maps[-1][1]
 
 
 def _named(body: nn.Module, layer: str) -> nn.Module:

@@ -20,7 +20,8 @@ from torch import Tensor
 from featurecache.bodies.registry import RUN_PREFIX, load_body, load_run_body
 from featurecache.bodies.tapped import Tapped
 from featurecache.bodies.taps import resolve_taps
-from featurecache.config import Tap
+from featurecache.config import AUTO, Tap
+from featurecache.data.choice import reader_of_file
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers import get_reader
 from featurecache.data.readers.base import ReadFailure, read
@@ -53,7 +54,8 @@ class Explained:
 
     Attributes:
         folder: with the pictures and explain.json.
-        samples: the entries of explain.json: sample_id, file, class, target, prediction, score, hottest, alt.
+        samples: the entries of explain.json: sample_id, file, class, target, prediction, score, hottest (view, x, y;
+            None where no pixel speaks for the class), alt.
         failures: rows of failures.csv for samples whose images can't be read.
         notes: what a user should know.
     """
@@ -94,21 +96,24 @@ class Artist:
         scores = _scores(self.run, self.head, features)
         names = self.run.classes or self.run.targets
         output = int(np.nanargmax(scores)) if self.output is None else self.output
+        if np.isnan(scores[output]):
+            raise InputError(f"--class {names[output]}: the head has no score for it, since it had none to learn from")
         heats = heat_maps(self.network, images, output, self.method, layer=self.layer, seed=self.seed)
         hottest = max(heats, key=lambda view: float(heats[view].max()))
+        y, x = np.unravel_index(int(heats[hottest].argmax()), heats[hottest].shape)
+        found = {"view": hottest, "x": int(x), "y": int(y)} if heats[hottest][y, x] > 0 else None
         prediction, score = _decided(self.run, scores), float(scores[output])
         title = about["sample_id"] + (f", labelled {about['target']}" if about["target"] else "")
         what = f"{self.method} for {names[output]} ({score:.3g})"
-        subtitle = f"{what}; the model says {prediction}; hottest view: {hottest}"
-        draw_sample(
-            path, {view: _eight_bit(image) for view, image in shown.items()}, heats, title=title, subtitle=subtitle
-        )
-        y, x = np.unravel_index(int(heats[hottest].argmax()), heats[hottest].shape)
+        where = f"hottest view: {hottest}" if found else "no part of it speaks for that"
+        subtitle = f"{what}; the model says {prediction}; {where}"
+        pictures = {view: _eight_bit(shown[view]) for view in heats}
+        draw_sample(path, pictures, heats, title=title, subtitle=subtitle)
         return {
             "class": names[output],
             "score": round(score, 6),
             "prediction": prediction,
-            "hottest": {"view": hottest, "x": int(x), "y": int(y)},
+            "hottest": found,
             "alt": f"{title}: {', '.join(images)} with {subtitle}",
         }
 
@@ -127,7 +132,8 @@ def explain(
 ) -> Explained:
     """Draw where a model looks.
 
-    Of several images of a view the first is drawn and counts. Everything runs in torch, in fp32.
+    Of several images of a view the first is drawn and counts; texts count, but are not drawn. Everything runs in torch,
+    in fp32.
 
     Args:
         run: of fit-head or finetune-joint.
@@ -148,11 +154,15 @@ def explain(
         FeatureCacheError: no sample could be read.
     """
     reporter = reporter or Silent()
+    if run.task == "dense":
+        raise InputError(f"{run.path}: predicts masks, which say themselves where; heat maps are for scores of samples")
     with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
         config = manifest_config(run, new, Path(scratch))
         head, setups, notes = load_network(run, config, new, Path(scratch))
         network = Network.of(setups, head)
         check_method(method, gradient=network.gradient)
+        if not network.pictured(network.setups):
+            raise InputError(f"{run.path}: its views are texts, which have no heat map")
         artist = Artist(run, network, head, method, choose_output(run, output), layer, seed)
         manifest = read_manifest(config)
         rows = choose_samples(manifest, samples)
@@ -169,13 +179,13 @@ def explain(
                 found = images.load(row)
                 if isinstance(found, Failure):
                     failures.append({"sample_id": name, "view": found.view, "path": found.path, "error": found.error})
-                elif found.images:
+                elif network.pictured(found.images):
                     shown = {view: some[0].contiguous() for view, some in found.images.items()}
                     file = f"{number:03d}-{_UNSAFE.sub('_', name)[:60]}.png"
                     about = {"sample_id": name, "file": file, "target": target_text(run, manifest, row)}
                     entries.append({**about, **artist.draw(shown, about, made / file)})
                 else:
-                    failures.append({"sample_id": name, "view": "", "path": "", "error": "has none of the views"})
+                    failures.append({"sample_id": name, "view": "", "path": "", "error": "has no image of the views"})
                 reporter.advance("explain", 1)
         finally:
             reporter.end("explain")
@@ -270,12 +280,11 @@ def _decided(run: Run, scores: NDArray[np.float64]) -> str:
 
 
 def _eight_bit(image: Tensor) -> NDArray[np.uint8]:
-    """(channels, height, width) as it went into the body, uint8 or float with 1.0 as white."""
+    """(channels, height, width) for the eye; floats, of which an X-ray fills a small part, from least to most."""
     if image.dtype == torch.uint8:
         return image.numpy()
-    low, high = float(image.min()), float(image.max())
-    scaled = (image.float() - min(low, 0.0)) / max(high - min(low, 0.0), 1e-6) if high > 1 or low < 0 else image.float()
-    return (scaled.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    values = image.float() - float(image.min())
+    return (values * (255 / max(float(values.max()), 1e-6))).round().to(torch.uint8).numpy()
 
 
 def _publish(made: Path, folder: Path) -> None:
@@ -301,7 +310,7 @@ def show_features(
     tap: str,
     weights: str = "DEFAULT",
     view: str | None = None,
-    reader: str = "image",
+    reader: str = AUTO,
     image_size: int | None = None,
     most: int = MOST_MAPS,
     trust: Sequence[str] = (),
@@ -315,7 +324,7 @@ def show_features(
         tap: dotted name of a module that gives maps.
         weights: of the body.
         view: which body of a run.
-        reader: of the file.
+        reader: of the file; `auto`: decided by its suffix, or how it begins.
         image_size: side in pixels; default what the body expects.
         most: how many channels.
         trust: factories that a run may name.
@@ -339,7 +348,8 @@ def show_features(
     size = steps.size()
     if size is None:
         raise InputError(f"--body {body}: give --image-size N")
-    decoded = read(get_reader(reader, channels=steps.channels), image.read_bytes(), {})
+    name = reader_of_file(image) if reader == AUTO else reader
+    decoded = read(get_reader(name, channels=steps.channels), image.read_bytes(), {})
     if isinstance(decoded, ReadFailure):
         raise InputError(f"{image}: {decoded.message}")
     pixels = steps.apply(decoded).contiguous()

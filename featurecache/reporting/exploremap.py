@@ -101,6 +101,8 @@ def match(dataset: FeatureDataset, run: Run | None) -> Said | None:
     """
     if run is None:
         return None
+    if run.task == "dense":
+        raise InputError(f"{run.path}: predicts masks; the map shows labels and scores of samples. Leave out --run.")
     place = {name: row for row, name in enumerate(run.arrays.sample_ids.tolist())}
     places = np.array([place.get(name, -1) for name in dataset.sample_ids.tolist()], dtype=np.int64)
     if (places < 0).all():

@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.config import About
-from featurecache.predictions import Predictions, read_predictions
+from featurecache.densepredictions import Predictions, read_predictions
 from featurecache.reporting.wording import split_name
 from featurecache.rundir import ABOUT
 

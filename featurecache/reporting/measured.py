@@ -84,7 +84,7 @@ def threshold(record: Mapping[str, Any]) -> dict[str, Any] | None:
 def classes(material: Material) -> dict[str, Any] | None:
     """Confusion matrix, and per class its figures against the rest."""
     part = material.part
-    if not part.classes or not len(part.sample_ids):
+    if not part.classes or part.task == "dense" or not len(part.sample_ids):
         return None
     matrix = material.confusion()
     table = material.figures.get("classes") or {}
@@ -183,6 +183,8 @@ def labels(material: Material) -> dict[str, Any] | None:
 def curves(material: Material) -> dict[str, Any] | None:
     """Every figure that the task and the data allow."""
     part, name = material.part, material.split_name
+    if part.task == "dense":
+        return None
     if part.task == "regression":
         made: list[plots.Plot | None] = [*plots.regression_plots(part, name)]
     else:

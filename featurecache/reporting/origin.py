@@ -30,7 +30,7 @@ def facts(material: Material) -> list[tuple[str, str]]:
     head = (record.get("head") or {}).get("name", "")
     bodies = dict.fromkeys(str(recipe["recipe"]["body"]["architecture"]) for recipe in record["recipes"].values())
     what = ", ".join(record["targets"][:4]) + (f" and {len(record['targets']) - 4} more" * (len(record["targets"]) > 4))
-    if record["task"] == "multiclass":
+    if record["task"] in ("multiclass", "dense"):
         what += f", {len(record['classes'])} classes"
     kind = "network tuned as one" if record["kind"] == "joint" else f"{HEADS.get(head, head) or 'fitted'} head"
     found = [("task", f"{record['task']}: {what}")]
@@ -102,6 +102,9 @@ def target_counts(part: Predictions) -> str:
     if part.task == "multiclass":
         counts = np.bincount(part.true, minlength=len(part.classes))
         return f"{len(counts)} classes, {counts.min():,} to {counts.max():,} samples each"
+    if part.task == "dense":
+        shares = part.true.sum(axis=0) / max(part.true.sum(), 1)
+        return "pixels: " + ", ".join(f"{c} {percent(float(s))}" for c, s in zip(part.classes, shares, strict=True))
     if part.task == "multilabel":
         known = ~np.isnan(part.true)
         return f"{len(part.names)} labels, {int(np.nansum(part.true)):,} positive of {int(known.sum()):,} known"

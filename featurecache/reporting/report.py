@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from featurecache.reporting import evidence, measured, origin
+from featurecache.reporting import evidence, masks, measured, origin
 from featurecache.reporting.material import Material, read_material
 from featurecache.reporting.wording import HEADLINE, how_measured, interval, metric_name, number, percent, sentence
 from featurecache.rundir import read_record
@@ -34,6 +34,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("metrics", "Metrics", measured.metrics),
     Section("classes", "Classes", measured.classes),
+    Section("masks", "Masks", masks.masks),
     Section("labels", "Labels", measured.labels),
     Section("curves", "Curves", measured.curves),
     Section("subgroups", "Subgroups", measured.subgroups),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from PIL import Image, features
 
 from featurecache.config import ManifestConfig
 from featurecache.data.manifest import Manifest, read_manifest
+from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.readers import PLUGIN, get_reader
 from featurecache.data.readers.base import Decoded, Reader, ReadFailure, read
 from featurecache.errors import DependencyError, InputError
@@ -90,6 +92,7 @@ class Pictures:
         self.notes: list[str] = []
         self._cells: dict[str, dict[str, list[tuple[Cell, bytes | None]]]] = {}
         self._readers: dict[str, Reader] = {}
+        self._preprocessing: dict[str, Preprocessing] = {}
         if not Path(binding.manifest_path).exists():
             self.notes.append("No pictures: the manifest is no longer where it was.")
             return
@@ -103,10 +106,10 @@ class Pictures:
         self._take(manifest, recipes, keys)
 
     @classmethod
-    def of_manifest(cls, manifest: Manifest, recipes: Mapping[str, Recipe]) -> Pictures:
+    def of_manifest(cls, manifest: Manifest, recipes: Mapping[str, Recipe]) -> Self:
         """The images of a manifest as they are now."""
         found = cls.__new__(cls)
-        found.notes, found._cells, found._readers = [], {}, {}
+        found.notes, found._cells, found._readers, found._preprocessing = [], {}, {}, {}
         found._take(manifest, recipes, {})
         return found
 
@@ -125,6 +128,7 @@ class Pictures:
             except (InputError, DependencyError):
                 self.notes.append(f"No pictures of view {view}: its reader {reader['name']!r} can't be had here.")
                 continue
+            self._preprocessing[view] = Preprocessing.from_parameters(recipe.fields["preprocessing"])
             held = self._cells.setdefault(view, {})
             cells = present_cells(manifest.cells, view)
             samples, ordinals = cells.column("sample").to_list(), cells.column("ordinal").to_list()
@@ -152,6 +156,17 @@ class Pictures:
             return None
         decoded = read(self._readers[view], payload.data, json.loads(cell.selector))
         return None if isinstance(decoded, ReadFailure) or decoded.array.ndim != 3 else decoded
+
+    def seen(self, sample_id: str) -> NDArray[np.uint8] | None:
+        """The first picture of a sample as the body sees it, (height, width[, 3]); None where it can't be had."""
+        for view, held in self._cells.items():
+            for cell, key in held.get(sample_id, ())[:1]:
+                decoded = self._decoded(view, cell, key) if cell.kind == "file" else None
+                if decoded is not None:
+                    array = self._preprocessing[view].apply(decoded).permute(1, 2, 0).numpy()
+                    limit = 255.0 if array.dtype == np.uint8 else 1.0
+                    return eight_bit(Decoded(array, limit))
+        return None
 
     def many(self, sample_ids: Iterable[str], size: int) -> Iterator[list[Picture]]:
         """`of` many samples, in order, read by threads."""

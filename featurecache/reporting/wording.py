@@ -23,6 +23,10 @@ NAMES = {
     "r2": "R\N{SUPERSCRIPT TWO}",
     "rmse": "RMSE",
     "mae": "mean absolute error",
+    "iou": "IoU",
+    "dice": "Dice",
+    "sample_iou": "IoU, mean of samples",
+    "sample_dice": "Dice, mean of samples",
 }
 STATED = {
     "intended_use": "Intended use",
@@ -42,6 +46,7 @@ HEADLINE = {
     "multiclass": ("accuracy", "balanced_accuracy", "roc_auc", "f1_macro"),
     "multilabel": ("roc_auc", "average_precision", "f1_macro", "brier"),
     "regression": ("r2", "rmse", "mae"),
+    "dense": ("iou", "dice", "pixel_accuracy"),
 }
 
 
@@ -50,7 +55,7 @@ RULES = {
     "default": "one half, since validation shows one side only",
 }
 CALIBRATIONS = {"temperature": "temperature scaling", "isotonic": "isotonic regression"}
-HEADS = {"fc": "FC", "logistic": "Logistic", "xgboost": "XGBoost"}
+HEADS = {"fc": "FC", "decoder": "Decoder", "logistic": "Logistic", "xgboost": "XGBoost"}
 
 
 def input_text(steps: Mapping[str, Any], channels: Any) -> str:

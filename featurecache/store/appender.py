@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ COMMIT_SECONDS = 30.0
 
 
 class Appender:
-    """Adds rows to one recipe. One thread uses it; others may look rows up and read meanwhile.
+    """Adds rows to one recipe. One thread uses it; others may look rows up and read meanwhile, and may close it.
 
     Attributes:
         refused: (key, message) of rows that were not stored: not finite, or not in the storage dtype.
@@ -75,6 +76,7 @@ class Appender:
         self._pending: set[tuple[bytes, int]] = set()
         self._since: float | None = None
         self._closed = False
+        self._lock = threading.RLock()  # after Ctrl-C a store is closed while the thread that writes still does
         self._pid = os.getpid()
         if self._stored.partial is not None:
             self._take_over(reader, self._stored.partial)
@@ -112,15 +114,19 @@ class Appender:
             InputError: shapes or names don't fit; nothing was taken.
             StoreError: writing failed; what was committed before is intact, and this appender takes no more.
         """
-        if self._closed or self._pid != os.getpid():
-            what = "closed" if self._closed else f"of process {self._pid}, this is a child of it"
-            raise StoreError(f"recipe {self._stored.recipe.id}: this appender is {what}")
-        key_rows, replicas, casts = self._validated(keys, arrays, replica)
-        fresh = self._fresh(key_rows, replicas, casts)
-        for start in range(0, len(fresh), self._rows):
-            self._add(fresh[start : start + self._rows], key_rows, replicas, casts)
-        self.commit_if_due()
-        return len(fresh)
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"recipe {self._stored.recipe.id}: this appender is of process {self._pid}, this is a child of it"
+            )
+        with self._lock:
+            if self._closed:
+                raise StoreError(f"recipe {self._stored.recipe.id}: this appender is closed")
+            key_rows, replicas, casts = self._validated(keys, arrays, replica)
+            fresh = self._fresh(key_rows, replicas, casts)
+            for start in range(0, len(fresh), self._rows):
+                self._add(fresh[start : start + self._rows], key_rows, replicas, casts)
+            self.commit_if_due()
+            return len(fresh)
 
     def _add(
         self,
@@ -204,22 +210,31 @@ class Appender:
 
     def commit_if_due(self) -> None:
         """Commit the partial chunk if its first uncommitted row is 30 s old; call it while waiting for more rows."""
-        if self._since is not None and self._pid == os.getpid() and time.monotonic() - self._since >= COMMIT_SECONDS:
-            self._commit()
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            if not self._closed and self._since is not None and time.monotonic() - self._since >= COMMIT_SECONDS:
+                self._commit()
 
     def flush(self) -> None:
         """Commit every row taken so far."""
-        if self.uncommitted and self._pid == os.getpid():
-            self._commit()
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            if self.uncommitted and not self._closed:
+                self._commit()
 
     def close(self) -> None:
         """Flush and give the recipe back for another appender; in a forked child this does nothing."""
-        if self._closed or self._pid != os.getpid():
+        if self._pid != os.getpid():
             return
-        try:
-            self.flush()
-        finally:
-            self._end()
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self.flush()
+            finally:
+                self._end()
 
     def _end(self) -> None:
         self._closed = True

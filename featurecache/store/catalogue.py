@@ -164,4 +164,5 @@ def _dataset(index: Index, name: str) -> dict[str, Any]:
         "digest": binding.digest,
         "samples": binding.table.height,
         "views": views,
+        "replicas": dict(binding.config.get("replicas", {})),
     }

@@ -140,8 +140,8 @@ class Index:
             if connection.in_transaction:
                 yield connection
                 return
-            connection.execute("BEGIN")
             try:
+                connection.execute("BEGIN")  # within: Ctrl-C right after it must not leave the transaction open
                 yield connection
             finally:
                 connection.rollback()
@@ -160,8 +160,8 @@ class Index:
         handle = self._handle()
         with handle.lock, sqlite_errors(self.paths.index):
             connection = handle.connection
-            connection.execute("BEGIN IMMEDIATE")
             try:
+                connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:

@@ -1,22 +1,11 @@
-import copy
-
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from featurecache.bodies.channels import adapt_statistics
+from featurecache.bodies.channels import adapt_channels, adapt_statistics
 from featurecache.bodies.registry import load_body
-from featurecache.bodies.surgery import (
-    adapt_channels,
-    blocks,
-    checkpointed,
-    compiled,
-    freeze,
-    freeze_batchnorm,
-    parameter_groups,
-    unfreeze,
-)
+from featurecache.bodies.surgery import blocks, checkpointed, compiled, parameter_groups
 from featurecache.errors import InputError
 
 
@@ -67,73 +56,6 @@ def test_statistics():
     assert adapt_statistics((1.0, 2.0, 3.0), 3) == (1.0, 2.0, 3.0)
 
 
-class Parent(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
-        self.head = nn.Sequential(nn.BatchNorm1d(body[-1].out_features), nn.Linear(body[-1].out_features, 2))
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def make():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return Parent(nn.Sequential(*layers, nn.Dropout(0.5), nn.Linear(4, 4)))
-
-
-def steps(model, n=2):
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()
-    for _ in range(n):
-        loss = model(torch.rand(8, 3, 8, 8)).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-
-def test_nothing_of_a_frozen_body_moves_in_training():
-    model = make()
-    freeze(model.body)
-    before = copy.deepcopy(model.body.state_dict())
-    x = torch.rand(4, 3, 8, 8)
-    expected = model.body(x)
-    steps(model)
-    assert model.head.training
-    assert all(torch.equal(value, before[name]) for name, value in model.body.state_dict().items())
-    assert torch.equal(model.body(x), expected)  # no dropout either
-    assert not model.body[1].training
-
-
-def test_freezing_survives_a_copy_and_can_be_undone():
-    model = make()
-    freeze(model.body)
-    freeze(model.body)
-    model = copy.deepcopy(model)
-    before = copy.deepcopy(model.body.state_dict())
-    unfreeze(model.body)
-    steps(model)
-    after = model.body.state_dict()
-    assert torch.equal(after["1.running_mean"], before["1.running_mean"])
-    assert not torch.equal(after["0.weight"], before["0.weight"])
-    assert not torch.equal(after["1.weight"], before["1.weight"])
-    unfreeze(model.body, batchnorm=True)
-    steps(model)
-    assert not torch.equal(model.body.state_dict()["1.running_mean"], before["1.running_mean"])
-    assert not any(child._forward_pre_hooks for child in model.body.modules())
-
-
-def test_only_the_statistics_frozen():
-    model = make()
-    freeze_batchnorm(model.body)
-    before = copy.deepcopy(model.body.state_dict())
-    steps(model)
-    after = model.body.state_dict()
-    assert torch.equal(after["1.running_mean"], before["1.running_mean"])
-    assert not torch.equal(after["1.weight"], before["1.weight"])
-
-
 def test_groups_go_from_input_to_output_and_hold_everything_once(resnet):
     names = {id(parameter): name for name, parameter in resnet.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group] for group in parameter_groups(resnet, 3)]
@@ -155,9 +77,10 @@ def test_groups_of_other_bodies(name):
 
 def test_few_layers_give_few_groups():
     assert len(parameter_groups(nn.Linear(2, 2), 5)) == 1
-    assert [len(group) for group in parameter_groups(make(), 1)] == [10]
+    few = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
+    assert [len(group) for group in parameter_groups(few, 1)] == [6]
     with pytest.raises(InputError, match="0 parameter groups"):
-        parameter_groups(make(), 0)
+        parameter_groups(few, 0)
 
 
 def test_blocks_cover_most_of_a_body_and_hold_no_tap(resnet):

@@ -196,7 +196,7 @@ def test_runs_get_a_name_of_their_own(store, tmp_path, monkeypatch):
 
 def test_no_absolute_path_or_host_in_the_run(store, tmp_path):
     fit(store, tmp_path / "run", "--manifest", store.parent / "m.csv")
-    for path in (tmp_path / "run").iterdir():
+    for path in [path for path in (tmp_path / "run").rglob("*") if path.is_file()]:
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
         assert str(store.parent).encode() not in path.read_bytes(), path.name
 

@@ -1,9 +1,11 @@
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import typer
 from stage_two import command, installed
 
 from featurecache import cli
@@ -43,7 +45,7 @@ def test_nothing_asked_shows_the_help(words):
     done = installed(*words)
     assert done.status == 2
     assert (done.out + done.err).count("Usage: ") == 1
-    assert "Commands" in done.out + done.err
+    assert " list " in done.out + done.err if words else "Look after a store" in done.out + done.err
 
 
 @pytest.mark.parametrize("name", [command_.name for command_ in cli.app.registered_commands])
@@ -55,10 +57,54 @@ def test_every_command_has_help_with_an_example(name):
         assert option in done.out
 
 
+def test_every_option_has_help():
+    def without(entry, path):
+        found = [f"{path} {each.name}" for each in entry.params if not getattr(each, "help", None)]
+        return found + [each for name, sub in getattr(entry, "commands", {}).items() for each in without(sub, name)]
+
+    assert without(typer.main.get_command(cli.app), "featurecache") == []
+
+
+@pytest.mark.parametrize("words", [["bodies"], ["bodies", "list"], ["bodies", "show"]])
+def test_so_have_those_of_a_group(words):
+    assert "Example: featurecache bodies" in " ".join(command(*words, "--help").out.split())
+
+
+def test_paragraphs_of_the_help_fill_the_width():
+    """Lines of a docstring are not lines of the help: at another width they would be ragged."""
+    for each in cli.app.registered_commands:
+        assert each.help, each.name
+        for paragraph in each.help.split("\n\n"):
+            assert "\n" not in paragraph, each.name
+    lines = [line.strip() for line in installed("forget", "--help", COLUMNS="150").out.splitlines()]
+    start = next(n for n, line in enumerate(lines) if line.startswith("Features and keys"))
+    assert len(lines[start]) > 120
+    assert lines[start + 2] == ""
+
+
+def test_commands_stand_in_panels_in_the_order_of_use():
+    out = command("--help").out
+    places = [
+        out.index(f"{name} ") for panel in cli.COMMANDS.values() for name, _, _ in panel for name in [f"│ {name}"]
+    ]
+    assert places == sorted(places)
+    panels = [out.index(f"─ {panel} ─") for panel in cli.COMMANDS]
+    assert panels == sorted(panels)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("featurecache fi", {"fit-head", "finetune-joint"}), ("featurecache bodies s", {"show"})]
+)
+def test_the_shell_completes_commands(words, found):
+    done = installed(_FEATURECACHE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+    assert done.status == 0, done.err
+    assert set(done.out.split()) == found
+
+
 def test_version():
     done = command("--version")
     assert (done.status, done.err) == (0, "")
-    assert done.out.strip()
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", done.out.strip()), "also in a checkout that was never installed"
 
 
 def test_a_bug_is_told_without_a_traceback(monkeypatch, tmp_path):
@@ -119,3 +165,14 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_before_a_command_began_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err.startswith("Interrupted. What was complete is kept; run the same command again")

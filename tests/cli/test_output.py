@@ -80,6 +80,7 @@ def test_failed_samples_give_status_3_and_the_first_are_listed(capsys):
             "Error: PermissionError: [Errno 13] Permission denied: 'x'\n",
         ),
         (KeyboardInterrupt(), 130, "Interrupted. What was complete is kept"),
+        (typer.Abort(), 130, "Interrupted. What was complete is kept"),
         (KeyError("oops"), 1, "This is a bug in featurecache. Run the command again with --debug and report it."),
     ],
 )

@@ -1,8 +1,9 @@
 import io
+import re
 
 import pytest
 
-from featurecache.cli import progress
+from featurecache.cli import progress, tally
 from featurecache.cli.bars import Terminal
 from featurecache.cli.progress import Lines, Mute, reporter
 
@@ -18,6 +19,7 @@ class Clock:
 def clock(monkeypatch):
     found = Clock()
     monkeypatch.setattr(progress, "time", found)
+    monkeypatch.setattr(tally, "time", found)
     return found
 
 
@@ -35,10 +37,49 @@ def test_a_line_per_thirty_seconds_and_one_at_the_end(clock, capsys):
         lines.end("short")
         lines.note("mind this")
     assert capsys.readouterr().err.splitlines() == [
-        "a+b: 75/400 images, 2.5 images/s, 130 s left 2 failed",
-        "a+b: 150/400 images, 2.5 images/s, 100 s left 2 failed",
-        "a+b: 200 images in 80.0 s, 2.5 images/s",
+        "a+b: 75/400 images, 2.5 images/s, 130 s left, 2 failed",
+        "a+b: 150/400 images, 2.5 images/s, 100 s left, 2 failed",
+        "a+b: 200 images in 80.0 s, 2.5 images/s, 2 failed",
         "mind this",
+    ]
+
+
+def test_one_line_tells_of_all_that_is_at_work(clock, capsys):
+    lines = Lines()
+    lines.begin("a", 1000, done=600)
+    lines.begin("b", 400)
+    for _ in range(4):
+        clock.now += 10
+        lines.advance("a", 50, status="600 reused")
+        lines.advance("b", 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "a: 750/1000 images, 5.0 images/s, 50 s left, 600 reused; b: 40/400 images, 2.0 images/s, 180 s left"
+    ]
+    lines.advance("a", 200)
+    lines.begin("c", 10)
+    clock.now += 5
+    lines.advance("c", 10)
+    for task in "abc":
+        lines.end(task)
+    assert capsys.readouterr().err.splitlines() == [
+        "a: 400 images in 40.0 s, 10.0 images/s, 600 reused",
+        "b: 80 images in 40.0 s, 2.0 images/s",
+        "c: 10 images in 5.0 s, 2.0 images/s",
+    ]
+
+
+def test_a_task_that_waits_for_another_begins_when_that_is_complete(clock, capsys):
+    lines = Lines()
+    lines.begin("a", 20)
+    lines.begin("b", 20)
+    for task in "aabb":
+        clock.now += 10
+        lines.advance(task, 10)
+    lines.end("a")
+    lines.end("b")
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "a: 20 images in 20.0 s, 1.0 images/s",
+        "b: 20 images in 20.0 s, 1.0 images/s",
     ]
 
 
@@ -61,7 +102,8 @@ def test_quiet_says_nothing(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_bars_on_a_terminal(monkeypatch):
+@pytest.mark.parametrize("width", ["60", "80", "120"])
+def test_bars_on_a_terminal(monkeypatch, width):
     class Tty(io.StringIO):
         def isatty(self):
             return True
@@ -69,18 +111,27 @@ def test_bars_on_a_terminal(monkeypatch):
     screen = Tty()
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("NO_COLOR", "1")
     with reporter(quiet=False) as bars:
         assert isinstance(bars, Terminal)
-        bars.begin("[a]", 10)
+        bars.begin("[a]", 12_000, done=2)
+        bars.begin("b", None, "rounds")
         bars.advance("[a]", 4, status="[x] 1 failed")
-        bars.advance("[a]", 6)
+        bars.advance("b", 3, status="train_loss 0.4123, valid_loss 0.5211, and more than fits")
+        bars.redraw()
         bars.note("a [note]")
         bars.end("[a]")
+        bars.end("b")
     text = screen.getvalue()
-    assert "[a]" in text
-    assert "10/10" in text
-    assert "[x] 1 failed" in text
-    assert "a [note]" in text
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").splitlines()
+    assert max(len(line) for line in lines if not line.startswith("b: ")) <= int(width)
+    drawn = next(line for line in lines if "6/12,000" in line)
+    assert drawn.startswith("[a] ")
+    assert "[x] 1 failed" in drawn
+    assert any(line.startswith("b ") and (" 3 rounds" in line or int(width) < 90) for line in lines)
+    assert "a [note]" in lines
+    (end,) = (line for line in lines if line.startswith("[a]: "))
+    assert re.fullmatch(r"\[a\]: 4 images in \d\.\d s, [\d.,]+ images/s, \[x\] 1 failed", end)
+    assert lines.index(end) > lines.index("a [note]")
     assert "\x1b[3" not in text, "no colours under NO_COLOR"

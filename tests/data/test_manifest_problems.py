@@ -75,7 +75,11 @@ def test_the_message_shows_twenty_and_keeps_all(root):
         ('sample_id,f\n1,"a.png\n', "m.csv, line 2: not valid CSV: unexpected end of data"),
         ('sample_id,f\n1,"a"b\n', "m.csv, line 2: not valid CSV: ',' expected after '\"'"),
         ("sample_id,f\n1,\0\n", "m.csv: not a text file (it holds zero bytes); a CSV must be UTF-8"),
-        ("sample_id;f\n1;a.png\n", "m.csv: no column 'f' (--view v=f). Columns: sample_id;f"),
+        (
+            "sample_id;f\n1;a.png\n",
+            "m.csv: no column 'f' (--view v=f). Its cells are separated by ';': save it with commas, or with tabs as "
+            ".tsv.",
+        ),
     ],
 )
 def test_tables_that_are_none(root, text, message):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import polars as pl
 from manifest_files import manifest, problems
+
+from featurecache.data.paths import locate
 
 
 def test_root_links_and_the_way_out(root):
@@ -53,3 +56,11 @@ def test_many_files_of_one_folder_are_listed(root):
         "m.csv, line 34, column 'f': many/sub is a folder, not a file",
         "m.csv, line 36, column 'f': many/pipe is not a regular file",
     ]
+
+
+def test_paths_below_the_root_are_told_before_they_are_looked_for(tmp_path):
+    told = []
+    values = pl.Series(["a.png", "sub/b.png", "a.png", f"{tmp_path}/c.png", "/elsewhere/d.png"])
+    located = locate(values, str(tmp_path), allow_outside=False, early=told.append)
+    assert sorted(told[0].to_list()) == [f"{tmp_path}/{name}" for name in ("a.png", "c.png", "sub/b.png")]
+    assert located["problem"].null_count() == 0, "none of them is there"

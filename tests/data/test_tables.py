@@ -46,3 +46,12 @@ def test_both_ways_say_the_same(tmp_path, monkeypatch, text, fast):
     assert quick.frame.schema == slow.frame.schema
     assert quick.rows.to_list() == slow.rows.to_list()
     assert (quick.digest, quick.unit, quick.problems) == (slow.digest, slow.unit, slow.problems)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_table_with_other_separators_is_told_so(tmp_path, separator):
+    """As spreadsheets of countries with decimal commas save them."""
+    (tmp_path / "m.csv").write_text(PLAIN.replace(",", separator))
+    message = read_source(tmp_path / "m.csv").missing("image", "--view image=image")
+    assert message is not None
+    assert f"no column 'image' (--view image=image). Its cells are separated by {separator!r}: save it with" in message

@@ -32,6 +32,7 @@ def refusal(values, names=("y",), **options) -> str:
         ([True, False, None, True], ("0", "1"), [1, 0, -1, 1]),
         ([10, 9, 10, 9], ("9", "10"), [1, 0, 1, 0]),
         (["0", "1", "", " "], ("0", "1"), [0, 1, -1, -1]),
+        (["0", "1", "nan", "NaN "], ("0", "1"), [0, 1, -1, -1]),
     ],
 )
 def test_binary(values, classes, indices):
@@ -94,6 +95,10 @@ def test_multilabel():
 def test_uncertain_matches_the_value_as_text_and_as_a_number(values, meaning, index):
     found = target(values, uncertain={"-1": meaning})
     assert (found.task, found.values.tolist()) == ("binary", [0, 1, index, 1])
+
+
+def test_a_mark_for_nothing_may_be_given_a_meaning():
+    assert target(["0", "1", "nan"], uncertain={"nan": "zero"}).values.tolist() == [0, 1, 0]
 
 
 def test_uncertain_words_and_wrong_meanings():

@@ -69,16 +69,16 @@ def test_a_wanted_figure_is_just_reached(name, wanted):
     target, scores = Target("binary", ("y",), ("n", "y"), y), np.stack([1 - p, p], axis=1)
     found = choose_threshold(target, scores, at=At(name, wanted))
     assert found["rule"] == f"{name}={wanted:g}"
-    reached = compute_metrics(target, scores, threshold=found["value"])[name]
-    assert reached >= wanted
-    cuts = np.unique(np.concatenate([p - 0.005, p + 0.005]))
+
+    def shares(cut):
+        return {"sensitivity": (p[y == 1] >= cut).mean(), "specificity": (p[y == 0] < cut).mean()}
+
+    reached = compute_metrics(target, scores, threshold=found["value"])
+    assert reached[name] == pytest.approx(shares(found["value"])[name])
+    assert reached[name] >= wanted
     other = "specificity" if name == "sensitivity" else "sensitivity"
-    best = max(
-        figures[other]
-        for cut in cuts
-        if (figures := compute_metrics(target, scores, threshold=float(cut)))[name] >= wanted
-    )
-    assert compute_metrics(target, scores, threshold=found["value"])[other] == pytest.approx(best)
+    every = [shares(cut) for cut in np.concatenate([p - 0.005, p + 0.005])]
+    assert reached[other] == pytest.approx(max(one[other] for one in every if one[name] >= wanted))
 
 
 def test_a_wanted_figure_needs_its_side_and_a_yes_or_no_question():

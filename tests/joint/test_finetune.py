@@ -69,7 +69,7 @@ def test_the_loss_falls_and_the_run_is_complete(run):
     names = {path.name for path in run.path.iterdir()}
     assert names == {
         "run.json", "head.json", "head.safetensors", "bodies", "splits.csv", "metrics.json", "predictions.csv",
-        "history.csv", "README.md", "report.html", "curves.json",
+        "history.csv", "README.md", "report.html", "curves.json", "mistakes.json", "pictures",
     }  # fmt: skip
     assert run.record["failed"] == []
     assert run.record["best_epoch"] == history["epoch"][int(np.argmin(history["valid_loss"].to_numpy()))]

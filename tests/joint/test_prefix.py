@@ -183,7 +183,7 @@ class Killed(Exception):
 class KillAt(Silent):
     """Ends the training when a task begins whose name starts so."""
 
-    def begin(self, task, total, unit="images"):
+    def begin(self, task, total, unit="images", *, done=0):
         if task.startswith("validation 2/"):
             raise Killed
 

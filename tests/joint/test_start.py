@@ -2,9 +2,11 @@ import json
 import shutil
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from extract_kit import main
+from PIL import Image
 from plugin_joint import tiny, write_samples
 from safetensors.torch import load_file
 
@@ -134,7 +136,7 @@ def test_a_factory_that_only_the_run_names_is_not_imported(folder, tmp_path):
 
 
 def test_starts_that_cannot_be_are_refused(folder, tmp_path):
-    with pytest.raises(InputError, match=r"--init needs a run of fit-head --head fc, this is a head 'logistic'"):
+    with pytest.raises(InputError, match=r"fit-head --head fc or decoder, this is a head 'logistic'"):
         prepare(config(folder, init=folder / "logistic"))
     with pytest.raises(InputError, match="fitted on the views a, b, not on a"):
         prepare(config(folder, views={"a": "a"}))
@@ -180,6 +182,7 @@ def test_a_head_with_a_fusion_of_its_own_is_a_start_too(folder, tmp_path):
     run = finetune_joint(config(folder, init=tmp_path / "gated", out=tmp_path / "run", lr=9.0, body_lr=9.0, epochs=1))
     assert run.record["best_epoch"] == 0  # a ruinous rate: what it started from is kept
     assert run.record["fusion"] == "gated"
+    assert run.record["split"]["seed"] == 3  # of the head's split, which this one has taken over
     table = run.predictions.join(pl_predictions(tmp_path / "gated"), on="sample_id")
     np.testing.assert_allclose(table["p:yes"].to_numpy(), table["p:yes_right"].to_numpy(), atol=1e-4)
 
@@ -294,3 +297,14 @@ def test_each_view_tuned_alone_then_stacked_under_xgboost_by_commands(folder, tm
         capsys=capsys,
     )  # fmt: skip
     assert done[0] == 0, done[2]
+
+
+def test_the_files_decide_on_the_reader_of_each_view(tmp_path):
+    manifest = write_samples(tmp_path, 12, seed=4)
+    table = pl.read_csv(manifest)
+    for name in table["b"]:
+        np.save((tmp_path / name).with_suffix(".npy"), np.asarray(Image.open(tmp_path / name)))
+    table.with_columns(pl.col("b").str.replace("png", "npy", literal=True)).write_csv(manifest)
+    start = prepare(config(tmp_path, init=None, views={"a": "a", "b": "b"}, target=("label",), body=TRUST[0]))
+    assert {view: setup.reader.name for view, setup in start.setups.items()} == {"a": "image", "b": "array"}
+    assert start.config.reader == {"a": "image", "b": "array"}  # what the run records

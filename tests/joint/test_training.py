@@ -1,5 +1,7 @@
 """Options of the schedule and the engine, by whole trainings of a tiny network."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_killed_within_an_epoch_and_resumed_is_bitwise_the_uninterrupted_run(man
     torch.randn(17)
     told = Notes()
     resumed = finetune_joint(config(manifest, out, resume=True, **RICH), reporter=told)
-    assert told.notes == [f"resumed after epoch {int(task[6]) - 1} and {steps} steps"]
+    assert told.notes[0] == f"resumed after epoch {int(task[6]) - 1} and {steps} steps"
     for name in FILES:
         assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     assert resumed.history.drop("seconds").equals(whole.history.drop("seconds"))
@@ -180,6 +182,15 @@ def test_the_finder_writes_its_curve_and_its_suggestion_is_used(manifest, tmp_pa
     before = tiny().state_dict()
     after = load_file(run.path / "bodies" / "a.safetensors")
     assert all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_bodies_learn_the_same_weights(manifest, tmp_path):
+    plain = finetune_joint(config(manifest, tmp_path / "plain"))
+    compiled = finetune_joint(config(manifest, tmp_path / "compiled", compile=True))
+    assert compiled.config["compile"]
+    assert largest_difference(weights(plain), weights(compiled)) < 1e-4
 
 
 @pytest.mark.slow

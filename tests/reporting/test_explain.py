@@ -1,10 +1,12 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from plugin_joint import SIDE
 from stage_two import TRUST, TWO, command, quick
@@ -20,6 +22,7 @@ from featurecache.run import load_run
 
 pytest.importorskip("captum", reason="no captum: pip install 'featurecache[explain]'")
 PATCH = 8
+CHARACTERS = "featurecache.bodies.small:characters"
 HEADS = {
     "logistic": {},
     "fc": {"epochs": 25, "hidden": [16], "lr": 0.02, "dropout": 0.0},
@@ -38,7 +41,8 @@ def write_patches(folder, n=48):
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(n):
-        row = {"sample_id": f"s{i:02d}", "label": ("none", "patch")[i % 2]}
+        row = {"sample_id": f"s{i:02d}", "label": ("none", "patch")[i % 2], "spot": i % 2, "always": 1,
+               "size": 5 + i % 2, "name": f"{'square' if i % 2 else 'nothing'} {i}"}  # fmt: skip
         for view in TWO:
             image = np.random.default_rng([i, ord(view)]).normal(80, 12, size=(SIDE, SIDE, 3))
             if view == "a" and i % 2:
@@ -177,6 +181,127 @@ def test_what_can_not_be_explained_is_refused(home, tmp_path):
     with pytest.raises(InputError, match="no such module"):
         explain(load_run(home / "fc"), new(home), layer="featurs.3", samples="s01", out=tmp_path / "heat")
     assert not (tmp_path / "heat").exists()
+
+
+def fitted(home, name, **options):
+    """A logistic head of its own on a dataset of the cache."""
+    dataset = fc.FeatureDataset(home / "cache", dataset=options.pop("dataset", "patches"), **options)
+    with quick():
+        run = fc.fit_head(dataset, head="logistic", out=home / name, bootstrap=0)
+    dataset.store.close()
+    return run
+
+
+def test_labels_are_explained_one_by_one_and_not_where_nothing_was_learnt(home, tmp_path):
+    run = fitted(home, "labels", target=["spot", "always"], task="multilabel")
+    made = explain(run, new(home), samples="s01,s03,s05,s07", out=tmp_path / "heat")
+    assert [(entry["class"], entry["prediction"]) for entry in made.samples] == [("spot", "spot")] * 4
+    assert sum(inside(entry, slack=4) for entry in made.samples) >= 3
+    with pytest.raises(InputError, match="--class always: the head has no score for it, since it had none to learn"):
+        explain(run, new(home), samples="s01", output="always", out=tmp_path / "none")
+
+
+def test_a_number_is_explained_by_what_makes_it_larger(home, tmp_path):
+    run = fitted(home, "number", target="size", task="regression")
+    made = explain(run, new(home), samples="s01,s03,s05,s07", out=tmp_path / "heat")
+    assert [entry["prediction"].split()[0] for entry in made.samples] == ["size"] * 4
+    assert sum(inside(entry, slack=4) for entry in made.samples) >= 3
+
+
+@pytest.mark.slow
+def test_dicom_images_are_explained(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    image = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    image.WindowCenter, image.WindowWidth = -100, 4000
+    rows = []
+    for i in range(24):
+        y, x = (4 * place for place in corner(i))
+        pixels = np.random.default_rng([i, 3]).normal(500, 30, size=(128, 128))
+        if i % 2:
+            pixels[y : y + 4 * PATCH, x : x + 4 * PATCH] += 900
+        image.PixelData = pixels.clip(0).astype("<i2").tobytes()
+        image.save_as(tmp_path / f"IM{i:06d}")  # as scanners name them: the reader is found by the content
+        rows.append({"sample_id": f"s{i:02d}", "a": f"IM{i:06d}", "label": ("none", "patch")[i % 2]})
+    pl.DataFrame(rows).write_csv(tmp_path / "scans.csv")
+    options = {"body": "plugin_joint:tiny", "engine": "torch", "precision": "fp32"}
+    fc.extract(tmp_path / "scans.csv", store=tmp_path / "cache", views={"a": "a"}, **options)
+    run = fitted(tmp_path, "run", dataset="scans", target="label")
+    samples = NewSamples(sources=(str(tmp_path / "scans.csv"),), **TRUST)
+    made = explain(run, samples, samples="s01,s03,s05,s07", output="patch", out=tmp_path / "heat")
+    assert sum(inside(entry, slack=4) for entry in made.samples) >= 3
+    with Image.open(tmp_path / "heat" / made.samples[0]["file"]) as picture:
+        shown = np.asarray(picture.convert("L"))[60:300, 20:260].astype(int)
+    assert shown.max() - shown.min() > 200, "a wide window is no reason for a grey picture"
+
+
+def test_texts_count_but_are_not_drawn(home, tmp_path):
+    both = {"views": {"name": "name", "a": "a"}, "reader": {"name": "text"}, "weights": {"name": "none"}, "seed": 0,
+            "body": {"name": CHARACTERS, "a": "plugin_joint:tiny"}, "engine": "torch", "precision": "fp32"}  # fmt: skip
+    fc.extract(home / "data/patches.csv", store=home / "cache", name="named", **both)
+    trust = {"body": {"trust_factory": ("plugin_joint:tiny", CHARACTERS)}}
+    samples = NewSamples(sources=(str(home / "data/patches.csv"),), **trust)
+    made = explain(
+        fitted(home, "named", dataset="named", target="label"), samples, samples="s01", out=tmp_path / "heat"
+    )
+    assert made.samples[0]["hottest"]["view"] == "a"
+    only = fitted(home, "only", dataset="named", target="label", views=["name"])
+    with pytest.raises(InputError, match="its views are texts, which have no heat map"):
+        explain(only, samples, samples="s01", method="gradient-shap", out=tmp_path / "none")
+
+
+class Transformer(torch.nn.Module):
+    """Twelve features, as a tapped body gives them, of tokens or of windows."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        if kind == "vit":
+            self.module = torchvision.models.VisionTransformer(SIDE, 8, 1, 2, 12, 16)
+            self.module.heads = torch.nn.Identity()
+        else:
+            self.module = torchvision.models.SwinTransformer([2, 2], 12, [1, 1], [2, 2], [2, 2], num_classes=12)
+
+    def forward(self, x):
+        return (self.module(x),)
+
+
+def test_a_transformer_is_explained_by_what_suits_it(home, tmp_path):
+    last = "conv_proj"
+    network, _ = network_of(home, "fc", tmp_path)
+    network = replace(network, bodies={**network.bodies, "a": Transformer("vit").eval()})
+    images = {"a": torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(InputError, match=rf"behind '{last}', its last map, this body works on tokens.*--layer {last}"):
+        heat_maps(network, images, 1, "gradcam")
+    with pytest.raises(InputError, match="it is about ReLUs, and this body has none"):
+        heat_maps(network, images, 1, "guided-backprop")
+    for method, layer in (("gradcam", last), ("occlusion", ""), ("gradient-shap", "")):
+        both = [heat_maps(network, images, output, method, layer=layer)["a"] for output in (0, 1)]
+        assert max(heat.max() for heat in both) > 0, "what speaks against one class speaks for the other"
+
+
+def test_a_windowed_transformer_ends_with_a_map():
+    body = Transformer("swin").eval()  # its blocks give (n, height, width, channels), the last module turns that
+    assert attribution.last_map(body, torch.zeros(1, 3, SIDE, SIDE)) is body.module.permute
+    body.module.permute = torch.nn.Identity()
+    body.module.avgpool = torch.nn.Identity()
+    body.module.head = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"behind 'features.0.0', its last map, this body works on tokens"):
+        attribution.last_map(body, torch.zeros(1, 3, SIDE, SIDE))
+
+
+def test_maps_are_told_from_tokens_by_their_proportions():
+    x = torch.zeros(1, 3, 96, 64)
+    body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=16, padding=1), torch.nn.BatchNorm2d(8))
+    assert attribution.last_map(body, x) is body[1]
+    assert attribution.last_map(torch.nn.Sequential(body, torch.nn.Flatten(), torch.nn.Linear(8 * 24, 2)), x) is body
+
+
+def test_a_map_that_is_empty_has_no_hottest_place(home, tmp_path, monkeypatch):
+    nothing = {view: np.zeros((SIDE, SIDE), np.float32) for view in TWO}
+    monkeypatch.setattr("featurecache.reporting.explain.heat_maps", lambda *words, **options: nothing)
+    made = explain(load_run(home / "logistic"), new(home), samples="s01", out=tmp_path / "heat")
+    assert made.samples[0]["hottest"] is None
+    assert made.samples[0]["alt"].endswith("no part of it speaks for that")
 
 
 def test_other_files_are_not_replaced(home, tmp_path):

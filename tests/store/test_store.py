@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from featurecache.errors import InputError, LockedError, MissingFileError, StoreError
 from featurecache.store import appender as appender_module
-from featurecache.store import windows
+from featurecache.store import files, windows
 from featurecache.store.format import CODECS
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore
@@ -114,6 +114,63 @@ def test_the_rest_is_committed_when_an_exception_passes(filled, kit):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    filled.check([*range(40), 70])
+
+
+def test_a_store_closed_while_a_thread_writes_to_it(filled, kit, monkeypatch):
+    """As after a second Ctrl-C: whoever closes waits for the commit under way, and does not do it again."""
+    writing, go_on, ended = threading.Event(), threading.Event(), []
+
+    def wait(step: str) -> None:
+        if step == "chunks-synced":
+            writing.set()
+            assert go_on.wait(10)
+
+    store = FeatureStore(filled.path, write=True)
+    appender = store.appender(filled.recipe.id)
+    appender.append(kit.keys([70]), kit.features([70]))
+    monkeypatch.setattr(files, "hook", wait)
+    threads = [threading.Thread(target=lambda end=end: ended.append(end())) for end in (appender.flush, store.close)]
+    threads[0].start()
+    assert writing.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert ended == [None, None], "neither raised"
+    with pytest.raises(StoreError, match="this appender is closed"):
+        appender.append(kit.keys([71]), kit.features([71]))
+    filled.check([*range(40), 70])
+
+
+class Interrupted:
+    """A connection at which Ctrl-C comes right after a transaction has begun."""
+
+    def __init__(self, connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def execute(self, statement, *values):
+        self._connection.execute(statement, *values)
+        if statement.startswith("BEGIN"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["reading", "writing"])
+def test_ctrl_c_leaves_no_transaction_open(filled, kit, kind):
+    with FeatureStore(filled.path, write=True) as store:
+        handle = store._index._handle()
+        connection, handle.connection = handle.connection, Interrupted(handle.connection)
+        with pytest.raises(KeyboardInterrupt), getattr(store._index, kind)():
+            pass
+        handle.connection = connection
+        assert not connection.in_transaction
+        with store.appender(filled.recipe.id) as appender:
+            appender.append(kit.keys([70]), kit.features([70]))
     filled.check([*range(40), 70])
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featurecache.bodies.engines.base import Features
-from featurecache.bodies.surgery import fold_batchnorm
+from featurecache.bodies.folding import fold_batchnorm
 from featurecache.bodies.tapped import INPUT, OUTPUT, Tapped
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import InputError

@@ -57,17 +57,22 @@ def test_dicom_files_and_what_can_not_be_read_of_them(tmp_path, capsys):
     rows = [{"sample_id": f"s{number}", "image": name, "frame": ""} for number, name in enumerate(names)]
     rows[4]["frame"] = 1
     manifest = write_manifest(tmp_path / "samples.csv", rows)
-    words = ("extract", manifest, "--store", tmp_path / "store", "--root", files, "--view", "image=image", "--reader",
-             "dicom", "--frame", "image=frame", "--body", kit.BODY, "--engine", "torch", "--precision", "fp32",
-             "--store-dtype", "float32", "--json")  # fmt: skip
+    words = ("extract", manifest, "--store", tmp_path / "store", "--root", files, "--view", "image=image", "--frame",
+             "image=frame", "--body", kit.BODY, "--engine", "torch", "--precision", "fp32", "--store-dtype", "float32",
+             "--json")  # fmt: skip
     status, out, _ = kit.main(*words, capsys=capsys)
     said = kit.json_of(out)
     assert (status, said["computed"], said["n_failed"]) == (3, 4, 1)
     assert said["failed"][0]["error"] == "DICOM without an image: RT Plan Storage"
     found = features(tmp_path / "store")
     assert np.array_equal(found["s0"], found["s1"])  # stored in another way, the same pixels
-    status, out, _ = kit.main(*words, capsys=capsys)
+    recorded = FeatureStore(tmp_path / "store").binding("samples").config
+    assert recorded["manifest"]["reader"] == {"*": "dicom"}  # as the files decided
+    status, out, _ = kit.main(*words, "--reader", "dicom", capsys=capsys)
     assert (kit.json_of(out)["computed"], kit.json_of(out)["reused"]) == (0, 4)
+    assert FeatureStore(tmp_path / "store").binding("samples").config == recorded
+    status, out, _ = kit.main(*words, "--dry-run", capsys=capsys)
+    assert kit.json_of(out)["reused"] == 4
     status, out, _ = kit.main(*words, "--reader-set", "window=40,400", capsys=capsys)
     assert kit.json_of(out)["computed"] == 4
     with FeatureStore(tmp_path / "store") as store:
