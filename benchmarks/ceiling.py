@@ -44,10 +44,10 @@ from featurecache.config import ExtractConfig
 from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.transforms import resize
 from featurecache.extract import extract
+from featurecache.machine.scouts import cores
 from featurecache.progress import Silent
-from featurecache.scouts import cores
+from featurecache.stageone.viewsetup import ViewSetup, set_up_view
 from featurecache.store.store import FeatureStore
-from featurecache.viewsetup import ViewSetup, set_up_view
 
 BATCHES = (8, 16, 32, 64)
 TRIAL = 32  # images, at least, for each batch size

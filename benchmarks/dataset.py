@@ -19,7 +19,7 @@ import numpy as np
 import zarr
 from feature_stores import TAP, make_store, open_dataset
 
-from featurecache.features import as_float32
+from featurecache.features.features import as_float32
 
 BATCH = 1024
 

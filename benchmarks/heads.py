@@ -26,7 +26,7 @@ import torch
 from feature_stores import make_store, open_dataset
 from torch import nn
 
-from featurecache.features import ArrayFeatures
+from featurecache.features.features import ArrayFeatures
 from featurecache.heads.base import Fold, get_head
 from featurecache.heads.fc import FCHead
 
@@ -96,7 +96,7 @@ def bodies(model: str, seconds_fc_sample: float) -> dict[str, float]:
     from pictures import write_jpegs
     from torchvision.transforms._presets import ImageClassification
 
-    from featurecache.viewsetup import set_up_view
+    from featurecache.stageone.viewsetup import set_up_view
 
     options = argparse.Namespace(model=model, engine="openvino", precision="fp32", batch_size=None, workers=None)
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from featurecache.keys import Cell, Payload, key_array, read_payload
+from featurecache.stageone.keys import Cell, Payload, key_array, read_payload
 from featurecache.store.store import FeatureStore
 
 VIEWS = ("frontal", "lateral")

@@ -16,7 +16,6 @@ from featurecache.evaluate import evaluate as run_evaluate
 from featurecache.extract import Summary
 from featurecache.extract import extract as run_extract
 from featurecache.fit import HeadRun
-from featurecache.fitrecord import Beside
 from featurecache.joint.finetune import finetune_joint as run_joint
 from featurecache.newsamples import NewSamples
 from featurecache.predict import Scored
@@ -24,6 +23,7 @@ from featurecache.predict import predict as run_predict
 from featurecache.progress import Reporter
 from featurecache.run import Run
 from featurecache.run import load_run as open_run
+from featurecache.rundir.fitrecord import Beside
 from featurecache.tune import tune as run_tune
 
 __all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "load_run", "predict", "tune"]

@@ -15,7 +15,7 @@ from featurecache.data.splits import fold_splits, make_splits, sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
-from featurecache.evaluation.recalibration import Method
+from featurecache.evaluation.calibration import Method
 from featurecache.evaluation.threshold import At
 from featurecache.fit import (
     HeadRun,
@@ -27,11 +27,11 @@ from featurecache.fit import (
     torch_device,
     views_alone,
 )
-from featurecache.fitrecord import NOTHING, Beside, finish_head, read_about, refuse_dense, run_path, target_of
 from featurecache.heads.base import Head, get_head
 from featurecache.progress import Reporter, Silent
-from featurecache.results import Folds, threshold_on, write_results
 from featurecache.run import RunWriter
+from featurecache.rundir.fitrecord import NOTHING, Beside, finish_head, read_about, refuse_dense, run_path, target_of
+from featurecache.rundir.results import Folds, threshold_on, write_results
 
 Choose = Callable[[NDArray[np.str_], str], Mapping[str, Any]]
 """Settings of the head for a division of the samples: train, valid, test or '' per sample, and what it is called."""

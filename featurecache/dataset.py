@@ -13,21 +13,21 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from featurecache.binding import check_fresh, rebind, short_list
 from featurecache.config import ANY_VIEW, for_view
 from featurecache.data.dense import DENSE
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, did_you_mean
 from featurecache.export import to_frame, to_xarray
-from featurecache.features import Block
-from featurecache.masks import bound_masks, read_masks
-from featurecache.pairs import PairDataset
-from featurecache.reading import Memory, StoreFeatures, ViewRows
-from featurecache.stacked import Replicas, find_replicas
+from featurecache.features.features import Block
+from featurecache.features.masks import bound_masks, read_masks
+from featurecache.features.pairs import PairDataset
+from featurecache.features.stacked import Replicas, find_replicas
+from featurecache.features.stored import Memory, StoreFeatures, ViewRows
+from featurecache.features.stream import FeatureStream
 from featurecache.store.binding import Binding
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore
-from featurecache.stream import FeatureStream
+from featurecache.upkeep.rebinding import check_fresh, rebind, short_list
 
 if TYPE_CHECKING:
     import xarray
@@ -53,13 +53,13 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         allow_partial: take what is there although extraction has not ended.
         manifest: a corrected manifest whose labels are to be bound; images must be the same.
         memory: bytes of features to hold in RAM; above it they are streamed. `auto` maps files that can be mapped, see
-            `featurecache.reading.choose_mode`; `features.mode` says what was chosen.
+            `featurecache.features.stored.choose_mode`; `features.mode` says what was chosen.
         replicas: whether heads learn from the random versions of the images too, where the dataset was extracted with
             `--replicas`. Features, targets and lengths here are always those of the plain images.
 
     Attributes:
         sample_ids: (n,) array of str.
-        features: `featurecache.features.Features`, (n, d).
+        features: `featurecache.features.features.Features`, (n, d).
         target: `Target` of n rows, or None.
         table: the manifest's rows of these samples.
         recipes: the recipe of each view.
@@ -190,7 +190,7 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         return FeatureStream(self.features, self.target, rows, **options)
 
     def pairs(self, rows: NDArray[np.int64] | None = None, **options: Any) -> PairDataset:
-        """Pairs of the same and of different classes; see `featurecache.pairs.PairDataset`.
+        """Pairs of the same and of different classes; see `featurecache.features.pairs.PairDataset`.
 
         Raises:
             InputError: the dataset has no target, or one without classes.

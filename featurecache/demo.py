@@ -20,8 +20,8 @@ from featurecache.fit import fit_head
 from featurecache.joint.finetune import finetune_joint
 from featurecache.progress import Reporter, Silent
 from featurecache.reporting.overview import Row, Sample, png_uri, write_overview
-from featurecache.results import to_target
 from featurecache.run import Run, load_run
+from featurecache.rundir.results import to_target
 
 VIEWS = ("google", "twitter")
 TARGET = "category"

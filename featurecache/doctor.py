@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from featurecache.errors import FeatureCacheError, MissingFileError
-from featurecache.memory import free_memory
-from featurecache.record import package_version
+from featurecache.machine.memory import free_memory
+from featurecache.rundir.record import package_version
 from featurecache.store.files import file_system, is_network
 
 NAME = "featurecache"
@@ -118,7 +118,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _torch() -> Iterator[Check]:
     try:
-        from featurecache.lean import torchvision
+        from featurecache.machine.lean import torchvision
     except (ImportError, RuntimeError, AttributeError) as error:
         yield Check("torch", "FAIL", f"can't be imported: {error}", "Install a torch and a torchvision that match.")
         return
@@ -260,9 +260,9 @@ def _store(path: Path) -> Iterator[Check]:
 
 
 def _datasets(path: Path, info: dict[str, Any]) -> Iterator[Check]:
-    from featurecache.binding import manifest_digest
     from featurecache.dataset import find_binding
     from featurecache.store.store import FeatureStore
+    from featurecache.upkeep.rebinding import manifest_digest
 
     for dataset in info["datasets"]:
         name = f"dataset {dataset['name']}"

@@ -20,25 +20,25 @@ from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.splits import sample_groups
 from featurecache.data.tables import as_text, read_source
 from featurecache.data.targets import Target, read_target
-from featurecache.densefit import count_pixels, write_pictures
-from featurecache.densepredictions import DensePredictions
 from featurecache.errors import InputError, did_you_mean
 from featurecache.evaluation.subgroups import Subgroup, by_subgroup
 from featurecache.evaluation.threshold import At
-from featurecache.maskfiles import FOLDER as MASKS
-from featurecache.maskfiles import read_in_parts
-from featurecache.masks import MaskFiles, mask_cells, read_masks
-from featurecache.mistakes import write_mistakes
+from featurecache.features.masks import MaskFiles, mask_cells, read_masks
 from featurecache.newsamples import NewSamples, is_table, manifest_config
 from featurecache.predict import Scored, score_samples
-from featurecache.predictions import Predictions
 from featurecache.progress import Reporter
-from featurecache.record import dump_json
-from featurecache.recorded import read_recipe
 from featurecache.reporting.report import write_evaluation_report
 from featurecache.reporting.thumbnails import Pictures
-from featurecache.results import curves_of, find_threshold, make_predictions, measure, to_target
 from featurecache.run import Run
+from featurecache.rundir.densefit import count_pixels, write_pictures
+from featurecache.rundir.densepredictions import DensePredictions
+from featurecache.rundir.maskfiles import FOLDER as MASKS
+from featurecache.rundir.maskfiles import read_in_parts
+from featurecache.rundir.mistakes import write_mistakes
+from featurecache.rundir.predictions import Predictions
+from featurecache.rundir.record import dump_json
+from featurecache.rundir.recorded import read_recipe
+from featurecache.rundir.results import curves_of, find_threshold, make_predictions, measure, to_target
 
 FOLDER = "evaluations"
 SPLIT = "test"  # new samples are all test samples

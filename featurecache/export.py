@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from featurecache.data.targets import Target
 from featurecache.errors import DependencyError, InputError, did_you_mean
-from featurecache.features import feature_names
-from featurecache.reading import StoreFeatures
+from featurecache.features.features import feature_names
+from featurecache.features.stored import StoreFeatures
 
 if TYPE_CHECKING:
     import xarray

@@ -9,8 +9,9 @@ from typing import Any
 
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import read_manifest, with_readers
-from featurecache.extraction import Extraction
-from featurecache.jobs import (
+from featurecache.progress import Reporter, Silent
+from featurecache.stageone.extraction import Extraction
+from featurecache.stageone.jobs import (
     Job,
     check_replaced,
     plan_jobs,
@@ -18,12 +19,11 @@ from featurecache.jobs import (
     set_up_views,
     with_earlier_views,
 )
-from featurecache.outcome import list_failures, make_binding, write_failures
-from featurecache.producer import Seconds
-from featurecache.progress import Reporter, Silent
+from featurecache.stageone.outcome import list_failures, make_binding, write_failures
+from featurecache.stageone.producer import Seconds
+from featurecache.stageone.survey import Survey
+from featurecache.stageone.viewsetup import check_engines, check_options
 from featurecache.store.store import FeatureStore
-from featurecache.survey import Survey
-from featurecache.viewsetup import check_engines, check_options
 
 
 @dataclass(frozen=True)

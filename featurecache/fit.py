@@ -17,21 +17,21 @@ from featurecache.data.dense import DENSE, DenseTarget
 from featurecache.data.splits import make_splits, sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
-from featurecache.densefit import Counted, count_masks, kept
 from featurecache.errors import InputError, RecipeMismatchError
-from featurecache.evaluation.recalibration import Calibration, Method, check_method, fit_calibration
+from featurecache.evaluation.calibration import Calibration, Method, check_method, fit_calibration
 from featurecache.evaluation.threshold import At
-from featurecache.features import Features
-from featurecache.fitrecord import NOTHING, Beside, finish_head, read_about, run_path, target_of
+from featurecache.features.features import Features
+from featurecache.features.rearranged import WithoutView
 from featurecache.fusion import get_fusion
 from featurecache.heads.base import Fold, Head, get_head, load_head
 from featurecache.heads.decoder import DecoderHead, is_dense
-from featurecache.mistakes import single_views
 from featurecache.progress import Reporter, Silent
-from featurecache.rearranged import WithoutView
-from featurecache.recorded import read_recipe, recipe_differences
-from featurecache.results import write_results
 from featurecache.run import Run, RunWriter, load_run
+from featurecache.rundir.densefit import Counted, count_masks, kept
+from featurecache.rundir.fitrecord import NOTHING, Beside, finish_head, read_about, run_path, target_of
+from featurecache.rundir.mistakes import single_views
+from featurecache.rundir.recorded import read_recipe, recipe_differences
+from featurecache.rundir.results import write_results
 from featurecache.store.recipe import Recipe
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from featurecache.record import LIBRARIES, dump_json, package_version, plain, portable_command, portable_path
+from featurecache.rundir.record import LIBRARIES, dump_json, package_version, plain, portable_command, portable_path
 
 FOLDER, SUMMARY = "runs", "summary.md"
 SCHEMA = 1

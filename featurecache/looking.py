@@ -12,7 +12,6 @@ from featurecache.dataset import FeatureDataset
 from featurecache.export import Format
 from featurecache.export import export as run_export
 from featurecache.fit import torch_device
-from featurecache.fitrecord import read_about
 from featurecache.progress import Reporter
 from featurecache.reporting.ablate import Ablation
 from featurecache.reporting.ablate import ablate as run_ablate
@@ -24,7 +23,8 @@ from featurecache.reporting.explore import explore as run_explore
 from featurecache.reporting.exploremap import Method
 from featurecache.reporting.report import write_report
 from featurecache.run import Run
-from featurecache.rundir import ABOUT
+from featurecache.rundir.files import ABOUT
+from featurecache.rundir.fitrecord import read_about
 
 __all__ = ["ablate", "compare", "explain", "explore", "export", "report"]
 

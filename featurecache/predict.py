@@ -18,18 +18,18 @@ from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, ManifestCon
 from featurecache.data.manifest import read_manifest
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
-from featurecache.densefit import write_masks
 from featurecache.errors import DependencyError, FeatureCacheError, InputError, RunError
 from featurecache.extract import extract
 from featurecache.fit import HeadRun, check_recipes, compare_recipes
 from featurecache.heads.decoder import DecoderHead
-from featurecache.jobs import set_up_views
 from featurecache.joint.predict import predict_joint
 from featurecache.newsamples import NewSamples, manifest_config
 from featurecache.progress import Reporter, Silent
-from featurecache.recorded import check_bodies, recipe_differences
-from featurecache.results import make_predictions
 from featurecache.run import Run, load_run
+from featurecache.rundir.densefit import write_masks
+from featurecache.rundir.recorded import check_bodies, recipe_differences
+from featurecache.rundir.results import make_predictions
+from featurecache.stageone.jobs import set_up_views
 from featurecache.store.format import StorePaths
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore

@@ -15,11 +15,9 @@ from typing import IO, Any, Self
 
 import polars as pl
 
-from featurecache.densepredictions import Predictions, read_predictions
 from featurecache.errors import InputError, LockedError, MissingFileError, did_you_mean
-from featurecache.predictions import read_text
-from featurecache.record import dump_json, locate_bodies, package_version, plain_record, versions
-from featurecache.rundir import (
+from featurecache.rundir.densepredictions import Predictions, read_predictions
+from featurecache.rundir.files import (
     LOCK,
     RECORD,
     SCHEMA,
@@ -32,6 +30,8 @@ from featurecache.rundir import (
     sha256_file,
     sync,
 )
+from featurecache.rundir.predictions import read_text
+from featurecache.rundir.record import dump_json, locate_bodies, package_version, plain_record, versions
 
 _active: set[Path] = set()  # lockf does not exclude writers of the same process
 

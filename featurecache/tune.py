@@ -33,15 +33,15 @@ from featurecache.errors import DependencyError, FeatureCacheError, InputError
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.threshold import choose_threshold
 from featurecache.evaluation.verdict import goodness, ranking_metric
-from featurecache.features import ArrayFeatures, Features
+from featurecache.features.features import ArrayFeatures, Features
 from featurecache.fit import HeadRun, fit_once, open_dataset, torch_device, training_fold
-from featurecache.fitrecord import Beside, target_of
 from featurecache.heads.base import Fold, Head, get_head
 from featurecache.heads.space import Span
-from featurecache.interrupts import Held, held_back
-from featurecache.memory import free_memory
+from featurecache.machine.interrupts import Held, held_back
+from featurecache.machine.memory import free_memory
 from featurecache.progress import Reporter, Silent
 from featurecache.run import default_run_path
+from featurecache.rundir.fitrecord import Beside, target_of
 
 STARTUP = 10  # random trials before the estimator proposes, and trials to the end before the median rule ends any
 WARM_STEPS = 5  # epochs or rounds in which no trial is ended

@@ -30,7 +30,7 @@ def python(code, *, cwd):
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     write_samples(tmp_path, 40)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("featurecache.results.write_report", lambda directory, record: None)
+    monkeypatch.setattr("featurecache.rundir.results.write_report", lambda directory, record: None)
     fc.extract("samples.csv", views={"frontal": "a", "lateral": "b"}, body="plugin_joint:tiny", store="cache")
     dataset = fc.FeatureDataset("cache", dataset="samples", target="label")
     x, y = dataset.numpy()

@@ -14,8 +14,8 @@ MOST_LINES = 400
 # This is the layout of the design, with one departure: what draws a report stands directly below the run that it reads,
 # so that a run is published together with its report.
 ORDER = """
-errors named typed config progress lean interrupts scout scouts
-record journal cut predictions densepredictions rundir run
+errors named cli.typed config progress machine.lean machine.interrupts machine.scout machine.scouts
+rundir.record journal rundir.cut rundir.predictions rundir.densepredictions rundir.files run
 reporting.wording reporting.plots reporting.drawn reporting.material reporting.card
 reporting.origin reporting.measured reporting.masks reporting.evidence reporting.report reporting.overview
 data.tables data.choice data.selectors data.layouts data.paths data.manifest data.targets data.dense data.splits
@@ -36,29 +36,34 @@ store.packed store.lookup store.index store.records store.lock
 store.opening
 store.tablehash store.binding store.chunks store.catalogue store.appender store.settle store.removal
 store.store store.verify store.salvage store.rebuild store.repair store.contents store.compact
-keys replicas viewsetup recorded binding dropping maintenance forget
+stageone.keys stageone.replicas stageone.viewsetup rundir.recorded upkeep.rebinding upkeep.dropping upkeep.maintenance
+upkeep.forget
 reporting.thumbnails
-masks maskfiles memory features rearranged reading stacked stream pairs export dataset
+features.masks rundir.maskfiles machine.memory features.features features.rearranged features.stored features.stacked
+features.stream features.pairs export dataset
 evaluation.dense evaluation.metrics evaluation.weighted evaluation.threshold evaluation.bootstrap
-evaluation.verdict evaluation.recalibration evaluation.subgroups evaluation.curves
+evaluation.verdict evaluation.calibration evaluation.subgroups evaluation.curves
 fusion.base fusion.concat fusion.gated fusion.pair fusion.pooled fusion.spatial fusion
 heads.record heads.fold heads.bins heads.scratch heads.space heads.blas heads.base heads.importance heads.losses
 heads.rows
 heads.fcmodule heads.fc heads.decodermodule heads.decoder heads.lbfgs heads.linear_stream
 heads.logistic heads.xgboost heads.contract
-results flow mistakes densefit
-joint.schedule joint.checkpoint joint.average joint.callbacks joint.model joint.images joint.mixing joint.own joint.plan
+rundir.results rundir.flow rundir.mistakes rundir.densefit
+joint.schedule joint.checkpoint joint.average joint.callbacks joint.model joint.images joint.mixing joint.own
+joint.plan
 joint.parallel joint.runner joint.dense joint.step joint.loop joint.finder joint.build joint.save joint.start
 joint.samples joint.settings joint.predict joint.kinds
-canary readahead producer committer survey jobs space outcome recognise viewbars
-extraction extract dryrun recompute doctor
-joint.prefix joint.pairing joint.sources fitrecord joint.shown joint.finetune
+stageone.canary stageone.readahead stageone.producer stageone.committer stageone.survey stageone.jobs stageone.space
+stageone.outcome stageone.recognise stageone.viewbars
+stageone.extraction extract stageone.dryrun upkeep.recompute doctor
+joint.prefix joint.pairing joint.sources rundir.fitrecord joint.shown joint.finetune
 fit crossval tune newsamples predict evaluate
 reporting.ablate reporting.compare reporting.embedding reporting.explorefields
 reporting.exploremap reporting.explorefile reporting.explore reporting.attribution reporting.heatdrawing
 reporting.explain
 api looking
-makers classify pipelineconfig pipelinestate pipelineplan pipelinestages pipeline pipelinereport demo initial
+pipeline.makers pipeline.classify pipeline.config pipeline.state pipeline.plan pipeline.stages pipeline.pipeline
+pipeline.report demo pipeline.initial
 cli.output cli.tally cli.bars cli.progress cli.options cli.stagetwo cli.extract cli.heads
 cli.jointoptions cli.joint cli.predict cli.stores cli.bodies cli.maintenance
 cli.compare cli.ablate cli.tune cli.report cli.export cli.explore cli.explain cli.doctor

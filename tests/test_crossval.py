@@ -22,7 +22,7 @@ from featurecache.fit import fit_rows, load_head_run
 from featurecache.heads.base import get_head
 from featurecache.progress import Silent
 from featurecache.reporting.report import render
-from featurecache.results import metrics_from_predictions, to_target
+from featurecache.rundir.results import metrics_from_predictions, to_target
 
 
 @pytest.fixture(scope="module", autouse=True)

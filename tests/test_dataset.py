@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
-from featurecache.features import as_float32, feature_names, present
-from featurecache.reading import choose_mode
+from featurecache.features.features import as_float32, feature_names, present
+from featurecache.features.stored import choose_mode
 from featurecache.store.store import FeatureStore
 
 
@@ -68,9 +68,9 @@ def test_mapped_in_ram_and_streamed_alike(store):
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_an_epoch_is_the_same_however_it_is_read(tmp_path, monkeypatch, codec):
     """Of several groups of chunks; views are missing, and a view's rows lie in their own chunks."""
-    monkeypatch.setattr("featurecache.features.GROUP_BYTES", 30 * 2 * WIDTH * 2)
-    monkeypatch.setattr("featurecache.reading.GROUP_BYTES", 30 * 2 * WIDTH * 2)
-    monkeypatch.setattr("featurecache.reading.SLICE_ROWS", 8)
+    monkeypatch.setattr("featurecache.features.features.GROUP_BYTES", 30 * 2 * WIDTH * 2)
+    monkeypatch.setattr("featurecache.features.stored.GROUP_BYTES", 30 * 2 * WIDTH * 2)
+    monkeypatch.setattr("featurecache.features.stored.SLICE_ROWS", 8)
     monkeypatch.setattr("featurecache.store.format.LARGEST_CHUNK_ROWS", 16)
     path = write_store(tmp_path, storage_dtype="float16", codec=codec)
     found = {}
@@ -105,7 +105,7 @@ def test_an_epoch_is_the_same_however_it_is_read(tmp_path, monkeypatch, codec):
     ],
 )
 def test_memory_picks_how_features_are_read(monkeypatch, nbytes, memory, mappable, mode):
-    monkeypatch.setattr("featurecache.reading.free_memory", lambda: 1000)
+    monkeypatch.setattr("featurecache.features.stored.free_memory", lambda: 1000)
     assert choose_mode(nbytes, memory, mappable=mappable) == mode
 
 

@@ -17,7 +17,7 @@ from featurecache.evaluate import evaluate
 from featurecache.newsamples import NewSamples
 from featurecache.reporting.compare import compare_runs
 from featurecache.reporting.report import write_report
-from featurecache.results import metrics_from_predictions
+from featurecache.rundir.results import metrics_from_predictions
 
 FAST = {"epochs": 5, "width": 16, "batch_size": 4, "lr": 0.02}
 TAPS = ("features.2", "features.7")

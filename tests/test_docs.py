@@ -18,7 +18,7 @@ from PIL import Image
 
 from featurecache.cli import main
 from featurecache.data.shipped import shipped_path
-from featurecache.makers import emoji_masks
+from featurecache.pipeline.makers import emoji_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,4 +1,5 @@
 import sys
+from importlib import import_module
 
 import numpy as np
 import polars as pl
@@ -6,9 +7,10 @@ import pytest
 import xarray
 from stage_two import WIDTH, command, write_store
 
-from featurecache import export as module
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import DependencyError
+
+module = import_module("featurecache.export")  # the attribute `featurecache.export` is the function
 
 
 @pytest.fixture(scope="module")

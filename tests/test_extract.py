@@ -31,11 +31,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from featurecache import extraction
 from featurecache.data.shipped import shipped_path
 from featurecache.errors import FeatureCacheError, InputError, StoreError
 from featurecache.extract import extract
-from featurecache.extraction import Extraction
+from featurecache.stageone import extraction
+from featurecache.stageone.extraction import Extraction
 from featurecache.store.store import FeatureStore
 
 PENULTIMATE = "penultimate@none"
@@ -162,7 +162,7 @@ def data(tmp_path):
 
 def decodes(monkeypatch) -> list[str]:
     """The kinds of what is decoded from now on."""
-    from featurecache import producer
+    from featurecache.stageone import producer
 
     seen: list[str] = []
     real = producer.decode
@@ -200,7 +200,7 @@ def test_an_undecodable_image_is_listed_and_remembered(data, tmp_path, monkeypat
 
 def test_what_can_not_be_read_is_tried_again(data, tmp_path, monkeypatch):
     """I/O errors are not remembered; permission can't be taken from root, so the error is made."""
-    from featurecache import keys
+    from featurecache.stageone import keys
 
     def refuse(path, *args, **kwargs):
         if str(path).endswith("image0001.png"):

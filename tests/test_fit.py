@@ -9,12 +9,12 @@ from featurecache.config import FitConfig
 from featurecache.crossval import fit_from_config
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError, RunError
-from featurecache.evaluation.recalibration import fit_calibration
+from featurecache.evaluation.calibration import fit_calibration
 from featurecache.fit import HeadRun, fit_head, load_head_run
 from featurecache.progress import Silent
-from featurecache.recorded import read_recipe, recipe_differences
-from featurecache.results import metrics_from_predictions, to_target
 from featurecache.run import RunWriter
+from featurecache.rundir.recorded import read_recipe, recipe_differences
+from featurecache.rundir.results import metrics_from_predictions, to_target
 
 FAST = {"n_estimators": 4, "max_bin": 16, "nthread": 1}
 

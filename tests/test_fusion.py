@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from featurecache.errors import InputError
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.fusion import Concat, drop_views, fusion_names, get_fusion
 
 BLOCKS = (Block("front", "a", 0, 3, (3,)), Block("side", "a", 3, 5, (2,)), Block("side", "b", 5, 6, (1,)))

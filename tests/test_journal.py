@@ -13,7 +13,7 @@ from stage_two import command, write_store
 
 from featurecache import journal
 from featurecache.cli import output
-from featurecache.record import package_version
+from featurecache.rundir.record import package_version
 
 WHEN = datetime(2026, 11, 22, 7, 30, tzinfo=UTC)
 

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurecache import masks as module
 from featurecache.config import ManifestConfig
 from featurecache.data.dense import IGNORE
 from featurecache.data.manifest import read_manifest
 from featurecache.data.preprocessing import Preprocessing
 from featurecache.errors import InputError
-from featurecache.maskfiles import MaskFolder, read_mask
-from featurecache.masks import MaskFiles, mask_cells, read_masks
+from featurecache.features import masks as module
+from featurecache.features.masks import MaskFiles, mask_cells, read_masks
+from featurecache.rundir.maskfiles import MaskFolder, read_mask
 
 SQUASH = Preprocessing(1, None, 8, "squash", mean=(0,), std=(1,))
 

@@ -405,7 +405,9 @@ def test_not_computed_again(copy, extracted, case, monkeypatch):
 
 
 def test_unchanged_files_are_not_opened(extracted, monkeypatch):
-    monkeypatch.setattr("featurecache.producer.read_payload", lambda cell: pytest.fail(f"opened {cell.location}"))
+    monkeypatch.setattr(
+        "featurecache.stageone.producer.read_payload", lambda cell: pytest.fail(f"opened {cell.location}")
+    )
     assert counts(again(extracted)) == (0, N, 0)
 
 

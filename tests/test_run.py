@@ -13,9 +13,9 @@ import pytest
 
 from featurecache.config import SplitConfig
 from featurecache.errors import InputError, LockedError, MissingFileError, RunError
-from featurecache.predictions import Predictions, read_predictions
-from featurecache.record import plain, portable_command, portable_path
 from featurecache.run import Run, RunWriter, default_run_path, load_run
+from featurecache.rundir.predictions import Predictions, read_predictions
+from featurecache.rundir.record import plain, portable_command, portable_path
 
 RECORD = {"task": "binary", "classes": ["no", "yes"], "targets": ["ill"], "views": ["a"], "recipes": {}, "config": {}}
 

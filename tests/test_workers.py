@@ -9,12 +9,12 @@ import time
 import pytest
 from extract_kit import config, counts, read_rows, run, states, write_images
 
-from featurecache import producer, readahead
 from featurecache.data.readers import image as image_reader
 from featurecache.data.readers.base import ReadFailure
 from featurecache.errors import FeatureCacheError
 from featurecache.extract import extract
-from featurecache.keys import Cell, read_payload
+from featurecache.stageone import producer, readahead
+from featurecache.stageone.keys import Cell, read_payload
 
 N = 20
 real = image_reader.inspect

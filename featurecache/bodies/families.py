@@ -19,7 +19,7 @@ from featurecache.bodies.weights import AUXILIARY, SUFFIXES, load_weights, read_
 from featurecache.data.shipped import shipped_path
 from featurecache.data.transforms import Preprocessing
 from featurecache.errors import DependencyError, InputError, did_you_mean
-from featurecache.lean import torchvision
+from featurecache.machine.lean import torchvision
 from featurecache.named import import_named
 
 T = TypeVar("T")

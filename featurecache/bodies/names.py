@@ -69,7 +69,7 @@ def _natural(name: str) -> list[int | str]:
 
 
 def _imported_torchvision() -> list[str]:
-    from featurecache.lean import torchvision
+    from featurecache.machine.lean import torchvision
 
     return [str(name) for name in torchvision.models.list_models(module=torchvision.models)]
 

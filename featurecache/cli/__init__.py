@@ -98,7 +98,7 @@ def version(
 ) -> None:
     """Run CNN bodies over every view once, cache what they see, train heads in seconds."""
     if show:
-        from featurecache.record import package_version
+        from featurecache.rundir.record import package_version
 
         typer.echo(package_version())
         raise typer.Exit

@@ -163,7 +163,7 @@ def extract(
             source="extract",
         )
         if dry_run:
-            from featurecache.dryrun import plan_extract
+            from featurecache.stageone.dryrun import plan_extract
 
             with reporter(quiet=quiet) as progress:
                 plan = plan_extract(config, progress)
@@ -171,7 +171,7 @@ def extract(
             for line in plan.lines():
                 output.text(line)
             return
-        from featurecache.survey import Survey
+        from featurecache.stageone.survey import Survey
 
         survey = Survey(config)  # reads the manifest and looks at its files while this imports torch:
         from featurecache.extract import extract as run

@@ -20,7 +20,7 @@ def init(
 ) -> None:
     """Write a commented pipeline.toml and a manifest of three rows, to be filled in."""
     with command("init", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.initial import write_initial
+        from featurecache.pipeline.initial import write_initial
 
         written = write_initial(folder)
         output.outputs = [str(path) for path in written]

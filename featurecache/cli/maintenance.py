@@ -13,7 +13,7 @@ from featurecache.cli.progress import reporter
 from featurecache.errors import InputError
 
 if TYPE_CHECKING:
-    from featurecache.dropping import Removal
+    from featurecache.upkeep.dropping import Removal
 
 RM_EPILOG = "Example: featurecache rm cache 3f1c --dry-run"
 PRUNE_EPILOG = "Example: featurecache prune cache --dry-run"
@@ -48,8 +48,8 @@ def rm(
     other dataset names them.
     """
     with command("rm", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.maintenance import plan_rm
         from featurecache.store.store import FeatureStore
+        from featurecache.upkeep.maintenance import plan_rm
 
         with FeatureStore.create_or_open(store, write=False) as opened:
             plan = plan_rm(opened, names)
@@ -71,8 +71,8 @@ def prune(
     any dataset has its image. Chunks that hold dropped rows are written anew, so the bytes are free afterwards.
     """
     with command("prune", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.maintenance import plan_prune
         from featurecache.store.store import FeatureStore
+        from featurecache.upkeep.maintenance import plan_prune
 
         with FeatureStore.create_or_open(store, write=False) as opened:
             plan = plan_prune(opened)
@@ -105,8 +105,8 @@ def forget(
     predictions.csv and splits.csv hold ids; copies of the store, of which compact makes one; the disk's free blocks.
     """
     with command("forget", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.forget import plan_forget
         from featurecache.store.store import FeatureStore
+        from featurecache.upkeep.forget import plan_forget
 
         wanted = [*(ids or []), *(more or [])]
         if not wanted:
@@ -174,7 +174,7 @@ def _go(plan: Removal, output: Output, *, dry_run: bool, yes: bool) -> None:
             output.outputs, output.status = [], FAILED
             output.text("nothing was changed")
             return
-    from featurecache.dropping import carry_out
+    from featurecache.upkeep.dropping import carry_out
 
     output.journals.append(plan.path)  # from here on: a list that nobody agreed to leaves no trace
     with reporter(quiet=output.quiet) as progress:

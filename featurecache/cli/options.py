@@ -9,8 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from featurecache.cli.typed import toml_value
 from featurecache.errors import InputError, did_you_mean
-from featurecache.typed import toml_value
 
 ANY_VIEW = "*"  # that of featurecache.config, which --help need not import
 DATA, BODY, DEVICE, SPLIT, TARGET = "Samples and views", "Body and preprocessing", "Device", "Split", "Target"

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from featurecache.errors import FeatureCacheError
-from featurecache.interrupts import interrupt_once
+from featurecache.machine.interrupts import interrupt_once
 
 SCHEMA = 1
 DONE, FAILED, WRONG, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130

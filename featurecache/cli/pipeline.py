@@ -10,10 +10,10 @@ import typer
 from featurecache.cli import options as opt
 from featurecache.cli.output import Debug, Json, Output, Quiet, command, typed_command
 from featurecache.cli.progress import reporter
-from featurecache.typed import toml_value
+from featurecache.cli.typed import toml_value
 
 if TYPE_CHECKING:
-    from featurecache.pipelineplan import Step
+    from featurecache.pipeline.plan import Step
 
 EPILOG = (
     "Example: featurecache pipeline pipelines/joint.toml --set joint.epochs=1 --out runs. "
@@ -38,7 +38,7 @@ def pipeline(
 ) -> None:
     """Run a declared pipeline: data, features, heads, joint tuning, comparison; goes on where it was stopped."""
     with command("pipeline", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.pipeline import open_pipeline
+        from featurecache.pipeline.pipeline import open_pipeline
 
         changes = {key: toml_value(value) for key, value in opt.pairs("--set", setting).items()}
         with reporter(quiet=quiet) as progress:
@@ -55,7 +55,7 @@ def pipeline(
         if dry_run:
             output.next = f"featurecache pipeline {file} --out {out}"
             return
-        from featurecache.pipelinereport import write_reports
+        from featurecache.pipeline.report import write_reports
 
         page = write_reports(opened)
         show_details(output, steps)
@@ -87,7 +87,7 @@ def told(step: Step) -> str:
 
 def show_details(output: Output, steps: list[Step]) -> None:
     """Sentences of ablations, and classes of images."""
-    from featurecache.pipelinereport import seen
+    from featurecache.pipeline.report import seen
 
     for step in steps:
         for sentence in step.figures.get("conclusions", ()):

@@ -27,10 +27,10 @@ def report(
     with command("report", as_json=as_json, quiet=quiet, debug=debug, journals=(run,)) as output:
         if images not in ("all", "none"):
             raise InputError(f"--images {images}: all or none")
-        from featurecache.fitrecord import read_about
         from featurecache.reporting.report import write_report
         from featurecache.run import load_run
-        from featurecache.rundir import ABOUT
+        from featurecache.rundir.files import ABOUT
+        from featurecache.rundir.fitrecord import read_about
 
         loaded = load_run(run)
         if about is not None:

@@ -109,7 +109,7 @@ def verify(
 
 def measure_drift(output: Output, store: Path, rows: int, *, seed: int, device: str, trust: list[str]) -> None:
     """Add what became of rows that were extracted once more; too much drift is a failure."""
-    from featurecache.recompute import recompute
+    from featurecache.upkeep.recompute import recompute
 
     drift = recompute(store, rows, seed=seed, device=device, trust=trust)
     output.figures |= drift.to_json()

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurecache.cut import Threshold
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
 from featurecache.evaluation.metrics import check_metric, metric_names
@@ -27,6 +26,7 @@ from featurecache.evaluation.weighted import (
     per_class,
     weighted_parts,
 )
+from featurecache.rundir.cut import Threshold
 
 BLOCK = 4_000_000  # weights held at a time
 ENOUGH = 0.5  # an interval needs at least this share of resamples in which the metric is defined

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
-from featurecache.cut import Threshold, threshold_of
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, did_you_mean
 from featurecache.evaluation import dense
+from featurecache.rundir.cut import Threshold, threshold_of
 
 BINS = 15  # of the calibration error, as in Guo et al. (2017)
 SPECIFICITY = 0.9  # at which the sensitivity is read off the ROC curve

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featurecache.cut import Threshold, at_rows
 from featurecache.data.targets import Target
 from featurecache.evaluation.bootstrap import bootstrap_intervals
 from featurecache.evaluation.metrics import compute_metrics
+from featurecache.rundir.cut import Threshold, at_rows
 
 FEW_GROUPS = 30  # below that a bootstrap's interval is too narrow to be trusted
 FEW_EVENTS = 10  # of the rarer answer, or class

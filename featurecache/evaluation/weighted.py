@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from featurecache.cut import Threshold, threshold_of
 from featurecache.data.targets import Target
 from featurecache.evaluation.dense import dense_classes, dense_part
 from featurecache.evaluation.metrics import AT_SPECIFICITY, BINS, SPECIFICITY, bin_of, checked_scores
+from featurecache.rundir.cut import Threshold, threshold_of
 
 Array = NDArray[np.float64]
 Table = dict[str, Array]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featurecache.errors import InputError
-from featurecache.features import Block, views_of
+from featurecache.features.features import Block, views_of
 
 
 class Fusion(nn.Module):

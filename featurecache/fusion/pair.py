@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from featurecache.errors import InputError
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.fusion.base import Fusion, masked
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.fusion.base import Fusion, masked
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featurecache.errors import InputError
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.fusion.base import Fusion, masked
 
 WIDTH = 256  # channels of the convolutions, or fewer where the maps have fewer

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featurecache import config
 from featurecache.errors import InputError, RunError, did_you_mean
-from featurecache.features import Block, Features, chunk_rows, reading_order
+from featurecache.features.features import Block, Features, chunk_rows, reading_order
 from featurecache.heads.fold import Fold, untrainable, with_target
 from featurecache.heads.record import (
     PICKLE,

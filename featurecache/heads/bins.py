@@ -16,8 +16,8 @@ import xgboost as xgb
 from numpy.typing import NDArray
 
 from featurecache.heads.fold import Fold
-from featurecache.interrupts import Held
-from featurecache.memory import give_back
+from featurecache.machine.interrupts import Held
+from featurecache.machine.memory import give_back
 
 MOST_GROUPS = 16  # each is a pass over the rows
 _FACTOR = 8  # `WQSketch::kFactor`: bins are chosen among so many times as many values

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from featurecache.data.targets import Target, TaskName
 from featurecache.errors import InputError
-from featurecache.features import ArrayFeatures, Block, Features, as_float32
+from featurecache.features.features import ArrayFeatures, Block, Features, as_float32
 from featurecache.heads.base import Fold, Head, get_head, load_head
 
 BLOCKS = (
@@ -110,7 +110,7 @@ class ChunkedFeatures:
         x: (n, d).
         blocks: of the columns.
         most: rows that may be asked for at a time; more is an error.
-        buffer_rows: see `featurecache.features.Stored`.
+        buffer_rows: see `featurecache.features.features.Stored`.
         sizes: how many rows were asked for, each time.
     """
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from featurecache import config
 from featurecache.data.dense import DenseTarget
 from featurecache.errors import FeatureCacheError, InputError, RunError
-from featurecache.features import Block, Features, chunk_rows, reading_order, views_of
+from featurecache.features.features import Block, Features, chunk_rows, reading_order, views_of
 from featurecache.heads.base import Fold, Head
 from featurecache.heads.decodermodule import DecoderModule, DecoderSettings, DenseLoss, Size
 from featurecache.heads.fc import WARM_UP, batch_bounds, head_device, make_adamw, one_cycle, read_tensors

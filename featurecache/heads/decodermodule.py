@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from featurecache import config
 from featurecache.data.dense import IGNORE, DenseTarget, foreground
 from featurecache.errors import InputError
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.heads.losses import ClassWeight, class_weights
 
 FEWEST = 16  # channels of a block

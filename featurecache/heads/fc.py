@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from featurecache import config
 from featurecache.data.targets import Target
 from featurecache.errors import FeatureCacheError, InputError, RunError
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.heads.base import Fold, Head
 from featurecache.heads.fcmodule import FCModule, FCSettings, PresentBatchNorm, build_fc, hide_views, mix_rows
 from featurecache.heads.losses import HeadLoss, scores_from_outputs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featurecache import config
 from featurecache.data.targets import Target
-from featurecache.features import Block, views_of
+from featurecache.features.features import Block, views_of
 from featurecache.fusion import drop_views, get_fusion
 from featurecache.heads.losses import ClassWeight, PositiveWeight, n_outputs, regression_scale
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.features import Features, Stored, as_float32, chunk_rows, gather, reading_order
-from featurecache.stream import read_ahead
+from featurecache.features.features import Features, Stored, as_float32, chunk_rows, gather, reading_order
+from featurecache.features.stream import read_ahead
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Fold:
             yield where, read(self.rows[where])
 
     def to_read(self) -> Fold:
-        """The same in the order in which rows are best read; see `featurecache.features.reading_order`."""
+        """The same in the order in which rows are best read; see `featurecache.features.features.reading_order`."""
         order = reading_order(self.features, self.rows)
         if np.array_equal(order, np.arange(len(order))):
             return self

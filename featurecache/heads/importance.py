@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.features import feature_names, views_of
+from featurecache.features.features import feature_names, views_of
 from featurecache.heads.base import Head
 
 FILE = "importance.json"

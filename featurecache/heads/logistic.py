@@ -14,13 +14,13 @@ from pydantic import Field
 
 from featurecache import config
 from featurecache.errors import InputError, RunError
-from featurecache.features import Block, present, views_of
+from featurecache.features.features import Block, present, views_of
 from featurecache.heads.base import Fold, Head
 from featurecache.heads.blas import one_thread
 from featurecache.heads.linear_stream import Chunks, Solution, Streamed
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights
 from featurecache.heads.space import Space, Span
-from featurecache.memory import free_memory
+from featurecache.machine.memory import free_memory
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurecache.features import Stored, chunk_rows, complete, gather, shuffled_groups
+from featurecache.features.features import Stored, chunk_rows, complete, gather, shuffled_groups
+from featurecache.features.stream import read_ahead, read_groups
 from featurecache.heads.base import Fold
 from featurecache.heads.losses import target_tensor
-from featurecache.memory import free_memory
-from featurecache.stream import read_ahead, read_groups
+from featurecache.machine.memory import free_memory
 
 Bounds = Sequence[tuple[int, int]]
 Batch = tuple[Tensor, Tensor]

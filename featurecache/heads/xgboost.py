@@ -15,14 +15,14 @@ from pydantic import Field
 
 from featurecache import config
 from featurecache.errors import InputError, RunError
-from featurecache.features import Block, chunk_rows, complete, feature_names
+from featurecache.features.features import Block, chunk_rows, complete, feature_names
 from featurecache.heads.base import Fold, Head
 from featurecache.heads.bins import with_bins
 from featurecache.heads.losses import ClassWeight, class_weights, entry_weights, regression_scale
 from featurecache.heads.scratch import scratch_folder
 from featurecache.heads.space import Space, Span
-from featurecache.interrupts import Held, held_back
-from featurecache.memory import free_memory, give_back
+from featurecache.machine.interrupts import Held, held_back
+from featurecache.machine.memory import free_memory, give_back
 
 SCRATCH = "featurecache-xgboost-"
 PAGE_SHARE = 0.125  # of the budget, for a page of external memory while it is float32

@@ -15,12 +15,12 @@ from featurecache.bodies.surgery import checkpointed, compiled, parameter_groups
 from featurecache.bodies.tapped import Tapped
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.features import Block, views_of
+from featurecache.features.features import Block, views_of
 from featurecache.heads.fc import FCHead, FCModule, FCSettings, build_fc
 from featurecache.joint.model import JointModel
 from featurecache.joint.plan import Groups
 from featurecache.joint.schedule import body_rates
-from featurecache.viewsetup import ViewSetup
+from featurecache.stageone.viewsetup import ViewSetup
 
 BODY_GROUPS = 3  # fastai's number: what is near the input, the middle, and what is near the head
 

@@ -15,11 +15,11 @@ from featurecache.config import JointConfig
 from featurecache.data.dense import DENSE, IGNORE
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
+from featurecache.features.masks import Map, MaskFiles, check_dense, mask_cells
 from featurecache.joint.images import Batch, Failure, Loaded, SampleImages
 from featurecache.joint.mixing import MIXINGS
 from featurecache.joint.runner import Runner
-from featurecache.masks import Map, MaskFiles, check_dense, mask_cells
-from featurecache.viewsetup import ViewSetup
+from featurecache.stageone.viewsetup import ViewSetup
 
 
 def check_options(config: JointConfig, views: Sequence[str]) -> None:

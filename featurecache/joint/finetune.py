@@ -18,7 +18,6 @@ from featurecache.config import BodyConfig, JointConfig, ManifestConfig, SplitCo
 from featurecache.data.splits import group_column
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, RunError
-from featurecache.fitrecord import read_about
 from featurecache.heads.base import untrainable
 from featurecache.heads.fc import FCHead
 from featurecache.heads.losses import target_tensor
@@ -44,9 +43,10 @@ from featurecache.joint.sources import choose, normalisers, open_images, sample_
 from featurecache.joint.start import Start, prepare
 from featurecache.joint.step import Stepper
 from featurecache.progress import Reporter, Silent
-from featurecache.results import finish_run, write_results
 from featurecache.run import Run, RunWriter, default_run_path, load_run
-from featurecache.rundir import RECORD
+from featurecache.rundir.files import RECORD
+from featurecache.rundir.fitrecord import read_about
+from featurecache.rundir.results import finish_run, write_results
 
 FINISHED = f".{FOLDER}"  # hidden names are not part of a run: checkpoints stay until the run is published
 # What may differ between an attempt and the one that resumes it. Of files the content counts, and is compared.

@@ -19,8 +19,8 @@ from featurecache.data.preprocessing import stack
 from featurecache.data.readers.base import ReadFailure, read
 from featurecache.data.transforms import Augmentation
 from featurecache.fusion import drop_views
-from featurecache.keys import Cell, present_cells, read_payload
-from featurecache.viewsetup import ViewSetup
+from featurecache.stageone.keys import Cell, present_cells, read_payload
+from featurecache.stageone.viewsetup import ViewSetup
 
 AHEAD = 3  # batches in memory before the one that the device works on
 _VIEW_DROPOUT = 0x76696577  # tells the draw of view dropout apart from the other draws of a sample

@@ -14,7 +14,6 @@ from torch import nn
 from featurecache.config import JointConfig
 from featurecache.data.dense import DenseTarget
 from featurecache.data.targets import Target
-from featurecache.densefit import count_masks, kept
 from featurecache.errors import InputError
 from featurecache.heads.decoder import DecoderHead, DecoderModule, DecoderSettings, DenseLoss
 from featurecache.heads.fc import FCHead, FCModule, FCSettings
@@ -27,6 +26,7 @@ from featurecache.joint.runner import Runner
 from featurecache.joint.samples import Samples
 from featurecache.joint.settings import head_settings
 from featurecache.joint.start import Start
+from featurecache.rundir.densefit import count_masks, kept
 
 HeadSettings = FCSettings | DecoderSettings
 

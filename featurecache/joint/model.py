@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.fusion import Concat
 
 

@@ -16,12 +16,12 @@ from featurecache.data.manifest import Manifest
 from featurecache.data.targets import Target
 from featurecache.data.transforms import Augmentation
 from featurecache.errors import InputError
-from featurecache.features import Block
+from featurecache.features.features import Block
+from featurecache.features.pairs import Partners
 from featurecache.joint.images import Failure, Loaded, SampleImages
 from featurecache.joint.samples import Samples, choose_samples
 from featurecache.joint.settings import augmentations, mixing
 from featurecache.joint.start import Start, make_blocks
-from featurecache.pairs import Partners
 from featurecache.progress import Reporter
 from featurecache.reporting.thumbnails import Picture, Pictures
 from featurecache.store.recipe import Recipe

@@ -20,9 +20,8 @@ from featurecache.data.dense import DENSE
 from featurecache.data.manifest import Manifest
 from featurecache.data.readers import get_reader
 from featurecache.data.transforms import Augmentation
-from featurecache.densefit import write_masks
 from featurecache.errors import InputError, RecipeMismatchError, RunError
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.heads.decoder import DecoderHead
 from featurecache.heads.fc import FCHead
 from featurecache.heads.losses import scores_from_outputs
@@ -35,9 +34,10 @@ from featurecache.joint.runner import Runner, make_fabric
 from featurecache.joint.samples import failure_rows
 from featurecache.joint.settings import augmentations
 from featurecache.progress import Reporter, Silent
-from featurecache.recorded import check_reader
 from featurecache.run import Run
-from featurecache.viewsetup import ViewSetup
+from featurecache.rundir.densefit import write_masks
+from featurecache.rundir.recorded import check_reader
+from featurecache.stageone.viewsetup import ViewSetup
 
 Own = dict[str, list[Augmentation | None]]
 

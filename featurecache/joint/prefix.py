@@ -21,11 +21,11 @@ from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, JointConfig
 from featurecache.data.transforms import AUGMENTATIONS
 from featurecache.errors import InputError, RecipeMismatchError
 from featurecache.extract import Summary, extract
-from featurecache.extraction import READ_RATE
 from featurecache.joint.images import Batch, Failure, Loaded, SampleImages
 from featurecache.joint.start import Start
-from featurecache.memory import free_memory
+from featurecache.machine.memory import free_memory
 from featurecache.progress import Reporter
+from featurecache.stageone.extraction import READ_RATE
 from featurecache.store.store import FeatureStore
 
 AHEAD = 3  # batches that are read before the one that the device works on

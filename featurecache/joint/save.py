@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from featurecache.bodies.identity import identify
 from featurecache.bodies.registry import body_record
-from featurecache.viewsetup import ViewSetup
+from featurecache.stageone.viewsetup import ViewSetup
 
 FOLDER = "bodies"
 

@@ -9,10 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.data.dense import DenseTarget
-from featurecache.densefit import write_pictures
-from featurecache.densepredictions import DensePredictions
-from featurecache.fitrecord import read_about
-from featurecache.flow import flow_record
 from featurecache.fusion import get_fusion
 from featurecache.heads.fc import FCHead
 from featurecache.joint.images import SampleImages
@@ -21,10 +17,14 @@ from featurecache.joint.predict import joint_scores
 from featurecache.joint.runner import Runner
 from featurecache.joint.samples import Samples
 from featurecache.joint.start import Start
-from featurecache.mistakes import single_views, write_mistakes
 from featurecache.reporting.thumbnails import Pictures
-from featurecache.results import Results
-from featurecache.rundir import ABOUT
+from featurecache.rundir.densefit import write_pictures
+from featurecache.rundir.densepredictions import DensePredictions
+from featurecache.rundir.files import ABOUT
+from featurecache.rundir.fitrecord import read_about
+from featurecache.rundir.flow import flow_record
+from featurecache.rundir.mistakes import single_views, write_mistakes
+from featurecache.rundir.results import Results
 
 
 def samples_record(start: Start, images: SampleImages, samples: Samples) -> dict[str, Any]:

@@ -30,17 +30,17 @@ from featurecache.data.manifest import Manifest, read_manifest, with_readers
 from featurecache.data.splits import read_splits
 from featurecache.data.targets import Target, read_target
 from featurecache.errors import InputError, RecipeMismatchError, RunError
-from featurecache.features import Block
+from featurecache.features.features import Block
+from featurecache.features.masks import MaskFiles, read_masks
 from featurecache.fusion import get_fusion
 from featurecache.heads.base import read_record as read_head_record
 from featurecache.heads.decoder import DecoderHead
 from featurecache.heads.decodermodule import maps_by_size
 from featurecache.heads.fc import FCHead
 from featurecache.joint.dense import check_options, mask_files
-from featurecache.masks import MaskFiles, read_masks
-from featurecache.recorded import check_bodies, read_recipe, recipe_differences
 from featurecache.run import Run, load_run
-from featurecache.viewsetup import ViewSetup, set_up_view
+from featurecache.rundir.recorded import check_bodies, read_recipe, recipe_differences
+from featurecache.stageone.viewsetup import ViewSetup, set_up_view
 
 NO_STORE = Path("-")  # set_up_view takes the configuration of stage one, whose store is of no concern here
 

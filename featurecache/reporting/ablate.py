@@ -20,12 +20,12 @@ from featurecache.evaluation.bootstrap import Repeat, Said, percentile_interval,
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.threshold import choose_threshold
 from featurecache.evaluation.verdict import goodness, ranking_metric, verdict
-from featurecache.features import Features, views_of
+from featurecache.features.features import Features, views_of
+from featurecache.features.rearranged import SomeViews, WithoutView, shuffle_partners
 from featurecache.heads.base import Fold, Head, get_head
 from featurecache.progress import Reporter, Silent
-from featurecache.rearranged import SomeViews, WithoutView, shuffle_partners
-from featurecache.record import dump_json
 from featurecache.run import Run
+from featurecache.rundir.record import dump_json
 
 FUSED, LATE, SHUFFLED = "fused", "late", "shuffled"
 SIDES = ("train", "valid", "test")

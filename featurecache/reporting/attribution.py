@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from featurecache.errors import DependencyError, InputError, did_you_mean
-from featurecache.features import Block, present, views_of
+from featurecache.features.features import Block, present, views_of
 from featurecache.heads.base import Head
 from featurecache.heads.fc import FCHead
 from featurecache.heads.logistic import LogisticHead
-from featurecache.viewsetup import ViewSetup
+from featurecache.stageone.viewsetup import ViewSetup
 
 METHODS = ("gradcam", "occlusion", "gradient-shap", "guided-backprop")
 # An occluded window is one of these parts of the image's side and moves by half of itself. Two sizes: small ones draw

@@ -14,10 +14,10 @@ from featurecache.data.targets import Target
 from featurecache.errors import InputError
 from featurecache.evaluation.bootstrap import paired_differences
 from featurecache.evaluation.verdict import goodness, ranking_metric, verdict
-from featurecache.predictions import Predictions
-from featurecache.record import dump_json
-from featurecache.results import to_target
 from featurecache.run import Run
+from featurecache.rundir.predictions import Predictions
+from featurecache.rundir.record import dump_json
+from featurecache.rundir.results import to_target
 
 SHOWN = 3  # samples named in a message
 

@@ -12,7 +12,6 @@ import polars as pl
 from matplotlib.axes import Axes
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from featurecache.predictions import Predictions
 from featurecache.reporting.plots import (
     FAINT,
     GRID,
@@ -28,6 +27,7 @@ from featurecache.reporting.plots import (
     unit_square,
 )
 from featurecache.reporting.wording import metric_name
+from featurecache.rundir.predictions import Predictions
 
 Asked = Mapping[str, Mapping[str, Any]]
 """By label the entries of curves.json."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.errors import InputError
-from featurecache.features import Features, chunk_rows
+from featurecache.features.features import Features, chunk_rows
 
 COMPONENTS = 64  # enough to tell neighbours apart, few enough for 20,000 x 20,000 similarities in seconds
 EXTRA = 8  # directions beside those that are kept, which make the subspace iteration settle faster

@@ -27,10 +27,9 @@ from featurecache.data.readers import get_reader
 from featurecache.data.readers.base import ReadFailure, read
 from featurecache.data.targets import Target
 from featurecache.errors import FeatureCacheError, InputError, MissingFileError, did_you_mean
-from featurecache.evaluation.recalibration import Calibration
+from featurecache.evaluation.calibration import Calibration
 from featurecache.fit import HeadRun, compare_recipes
 from featurecache.heads.base import Head
-from featurecache.jobs import set_up_views
 from featurecache.joint.images import Failure, SampleImages
 from featurecache.joint.predict import load_joint
 from featurecache.newsamples import NewSamples, manifest_config
@@ -38,9 +37,10 @@ from featurecache.predict import extract_config
 from featurecache.progress import Reporter, Silent
 from featurecache.reporting.attribution import Network, check_method, heat_maps
 from featurecache.reporting.heatdrawing import as_colour, draw_panels, draw_sample, grid
-from featurecache.results import make_predictions
 from featurecache.run import Run
-from featurecache.viewsetup import ViewSetup
+from featurecache.rundir.results import make_predictions
+from featurecache.stageone.jobs import set_up_views
+from featurecache.stageone.viewsetup import ViewSetup
 
 FOLDER, LISTING = "explain", "explain.json"
 DEFAULT_SAMPLES = 6

@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.data.targets import Target
-from featurecache.predictions import Predictions, Threshold
+from featurecache.rundir.predictions import Predictions, Threshold
 
 MOST_COLOURS = 60  # categories beyond that are told on the card, not by colour
 HELD_OUT = ("valid", "test")

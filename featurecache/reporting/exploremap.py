@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, did_you_mean
-from featurecache.predictions import Predictions, Threshold
 from featurecache.reporting.embedding import Components, fit_components, tsne
 from featurecache.reporting.explorefields import Column, category, prediction_columns, table_column, target_columns
 from featurecache.run import Run
+from featurecache.rundir.predictions import Predictions, Threshold
 
 POINTS = 20_000  # on the page; a frame of that many stays below 50 ms
 Method = Literal["pca", "tsne"]

@@ -14,9 +14,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.config import About
-from featurecache.densepredictions import Predictions, read_predictions
 from featurecache.reporting.wording import split_name
-from featurecache.rundir import ABOUT
+from featurecache.rundir.densepredictions import Predictions, read_predictions
+from featurecache.rundir.files import ABOUT
 
 SPLITS = ("test", "valid", "train")  # what counts comes first
 KINDS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.predictions import Predictions
 from featurecache.reporting import drawn, plots
 from featurecache.reporting.material import SPLITS, Material
 from featurecache.reporting.wording import HEADLINE, RULES, chosen_on, metric_name, number, percent, split_name
+from featurecache.rundir.predictions import Predictions
 
 TABLE_CLASSES = 12  # more make a table that no screen holds; they get a heat map
 BESIDE = ("n", "n_groups", "events", "labels", "classes", "class_counts", "intervals", "small")

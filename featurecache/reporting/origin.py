@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.predictions import Predictions
 from featurecache.reporting.material import SPLITS, Material
 from featurecache.reporting.wording import HEADS, STATED, input_text, number, percent, split_name, tap_text
+from featurecache.rundir.predictions import Predictions
 
 MISSING = {
     "zero": "Samples that lack a view are kept",

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from featurecache.predictions import Predictions
+from featurecache.rundir.predictions import Predictions
 
 # Drawn in these, then replaced by CSS variables of the page, so that one figure serves light, dark and paper.
 INK, GRID, FAINT = "#010203", "#010204", "#010205"

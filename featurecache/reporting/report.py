@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from featurecache.reporting import evidence, masks, measured, origin
 from featurecache.reporting.material import Material, read_material
 from featurecache.reporting.wording import HEADLINE, how_measured, interval, metric_name, number, percent, sentence
-from featurecache.rundir import read_record
+from featurecache.rundir.files import read_record
 
 environment = Environment(
     loader=PackageLoader("featurecache", "reporting/templates"),

@@ -22,7 +22,7 @@ from featurecache.data.preprocessing import Preprocessing
 from featurecache.data.readers import PLUGIN, get_reader
 from featurecache.data.readers.base import Decoded, Reader, ReadFailure, read
 from featurecache.errors import DependencyError, InputError
-from featurecache.keys import Cell, present_cells, read_payload
+from featurecache.stageone.keys import Cell, present_cells, read_payload
 from featurecache.store.binding import Binding
 from featurecache.store.recipe import Recipe
 

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache import scouts
+from featurecache.machine import scouts
 from featurecache.store.files import has_change_time
 from featurecache.store.index import Index
 from featurecache.store.packed import blobs, numbers, packed, texts, to_blobs, to_numbers

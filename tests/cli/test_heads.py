@@ -7,7 +7,7 @@ from stage_two import FAST, LABELS, TARGETS, command, hashes, installed, quick, 
 from featurecache.cli.heads import flat_metrics, metric_line
 from featurecache.dataset import FeatureDataset
 from featurecache.fit import load_head_run
-from featurecache.results import metrics_from_predictions
+from featurecache.rundir.results import metrics_from_predictions
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurecache.errors import InputError, RunError
-from featurecache.features import ArrayFeatures, Block
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.heads import base
 from featurecache.heads.base import Fold, get_head, head_names, load_head
 from featurecache.heads.fc import FCHead

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import xgboost as xgb
 
-from featurecache import features as features_module
 from featurecache.data.targets import Target
-from featurecache.features import ArrayFeatures, Block
+from featurecache.features import features as features_module
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.heads import bins
 from featurecache.heads.base import Fold
 from featurecache.heads.bins import column_groups, sketch_bytes, with_bins
 from featurecache.heads.xgboost import XGBoostHead
-from featurecache.interrupts import Held, Interrupted
+from featurecache.machine.interrupts import Held, Interrupted
 
 N = 3000
 

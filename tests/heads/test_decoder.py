@@ -7,7 +7,7 @@ import torch
 from featurecache.data.dense import IGNORE, DenseTarget
 from featurecache.data.targets import Target
 from featurecache.errors import InputError, RunError
-from featurecache.features import ArrayFeatures, Block
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.heads.base import Fold, get_head, head_names, load_head
 from featurecache.heads.contract import ChunkedFeatures
 from featurecache.heads.decoder import DecoderHead, DecoderModule, DecoderSettings, DenseLoss

@@ -8,7 +8,7 @@ from torch import nn
 
 from featurecache.data.targets import Target
 from featurecache.errors import FeatureCacheError, InputError, RunError
-from featurecache.features import ArrayFeatures, Block
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.fusion import Concat
 from featurecache.heads.base import Fold, load_head
 from featurecache.heads.contract import ChunkedFeatures

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from featurecache.errors import InputError
-from featurecache.features import ArrayFeatures, Block
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.fusion import fusion_names
 from featurecache.heads.base import load_head
 from featurecache.heads.contract import Problem, make_problem

@@ -6,9 +6,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from featurecache import features as features_module
 from featurecache.errors import InputError, RunError
-from featurecache.features import ArrayFeatures
+from featurecache.features import features as features_module
+from featurecache.features.features import ArrayFeatures
 from featurecache.heads.base import Fold, load_head
 from featurecache.heads.lbfgs import minimise_together
 from featurecache.heads.linear_stream import Streamed

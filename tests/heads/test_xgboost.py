@@ -7,9 +7,9 @@ import pytest
 import torch
 import xgboost as xgb
 
-from featurecache import features as features_module
 from featurecache.errors import InputError, RunError
-from featurecache.features import ArrayFeatures, Block, feature_names
+from featurecache.features import features as features_module
+from featurecache.features.features import ArrayFeatures, Block, feature_names
 from featurecache.heads.base import Fold, load_head
 from featurecache.heads.importance import importance_record
 from featurecache.heads.xgboost import XGBoostHead, column_names

@@ -19,7 +19,7 @@ from featurecache.joint.images import SampleImages
 from featurecache.joint.start import prepare
 from featurecache.newsamples import NewSamples
 from featurecache.predict import predict
-from featurecache.results import metrics_from_predictions
+from featurecache.rundir.results import metrics_from_predictions
 
 TRUST = {"trust_factory": ("plugin_joint:tiny",)}
 

@@ -3,7 +3,7 @@ import torch
 from plugin_joint import tiny
 from torch import nn
 
-from featurecache.features import Block
+from featurecache.features.features import Block
 from featurecache.joint.model import JointModel
 
 BLOCKS = (Block("a", "penultimate@none", 0, 12, (12,)), Block("b", "penultimate@none", 12, 24, (12,)))

@@ -228,7 +228,7 @@ def quick() -> Iterator[None]:
     """One thread, which is faster for what is tiny, and no reports: they are tested elsewhere."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(1):
-        patch.setattr("featurecache.results.write_report", lambda directory, record: None)
+        patch.setattr("featurecache.rundir.results.write_report", lambda directory, record: None)
         patch.setattr(import_module("featurecache.evaluate"), "write_evaluation_report", lambda *words, **options: None)
         torch.set_num_threads(1)
         yield

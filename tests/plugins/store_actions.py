@@ -7,13 +7,13 @@ from pathlib import Path
 
 from store_kit import TAPS, make_binding, make_features, make_keys, make_recipe
 
-from featurecache.dropping import Removal, carry_out
-from featurecache.forget import plan_forget
-from featurecache.maintenance import plan_prune, plan_rm
 from featurecache.store import compact as compaction
 from featurecache.store import rebuild as rebuilding
 from featurecache.store import repair as repairs
 from featurecache.store.store import FeatureStore
+from featurecache.upkeep.dropping import Removal, carry_out
+from featurecache.upkeep.forget import plan_forget
+from featurecache.upkeep.maintenance import plan_prune, plan_rm
 
 RECIPES = (make_recipe(), make_recipe(precision="bf16"))
 

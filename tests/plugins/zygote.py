@@ -110,8 +110,8 @@ def serve() -> None:
     import torch
 
     import featurecache.cli
-    import featurecache.dryrun
-    import featurecache.extract  # noqa: F401
+    import featurecache.extract
+    import featurecache.stageone.dryrun  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

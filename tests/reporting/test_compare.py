@@ -14,8 +14,8 @@ from featurecache.errors import InputError
 from featurecache.evaluation.bootstrap import paired_differences
 from featurecache.fit import fit_head
 from featurecache.reporting.compare import compare_runs
-from featurecache.results import to_target
 from featurecache.run import load_run
+from featurecache.rundir.results import to_target
 
 FAST = {"n_estimators": 6, "max_bin": 16, "nthread": 1}
 

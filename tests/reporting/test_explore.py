@@ -12,13 +12,13 @@ from threadpoolctl import threadpool_limits
 from featurecache.data.readers.base import Decoded
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
-from featurecache.features import ArrayFeatures, Block
-from featurecache.predictions import Predictions
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.reporting.embedding import alike_pairs, fit_components, neighbours, tsne
 from featurecache.reporting.explore import explore
 from featurecache.reporting.explorefields import prediction_columns, suspects, table_column
 from featurecache.reporting.thumbnails import Pictures, eight_bit, fitting
 from featurecache.run import load_run
+from featurecache.rundir.predictions import Predictions
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from featurecache.predictions import Predictions
 from featurecache.reporting.report import render, write_evaluation_report, write_report
 from featurecache.reporting.wording import interval, metric_name, number, percent, sentence
+from featurecache.rundir.predictions import Predictions
 
 NASTY = "<script>alert('x')</script>"
 VOID = {"meta", "br", "link", "img", "input", "hr"}

@@ -5,14 +5,14 @@ import pytest
 from killed_upkeep import shared
 from people_store import AUGMENTED, BROKEN, NAMES, PLAIN, VIEWS, check_people, key, write_people
 
-from featurecache.dropping import carry_out
 from featurecache.errors import InputError, StoreError
-from featurecache.forget import plan_forget
 from featurecache.store import files
 from featurecache.store.compact import compact
 from featurecache.store.rebuild import rebuild_index
 from featurecache.store.store import FeatureStore
 from featurecache.store.verify import verify
+from featurecache.upkeep.dropping import carry_out
+from featurecache.upkeep.forget import plan_forget
 
 
 @pytest.fixture

@@ -90,5 +90,5 @@ def test_large_inode_numbers(tmp_path, monkeypatch):
     status = SimpleNamespace(st_ino=2**64 - 5, st_size=9, st_mtime_ns=3, st_ctime_ns=3, st_dev=1)
     record = StatRecord.of("/a", status, status.st_ctime_ns + 5 * SECOND, b"\1" * 32)
     assert record.inode == -5
-    monkeypatch.setattr("featurecache.scout.os.stat", lambda path: status)
+    monkeypatch.setattr("featurecache.machine.scout.os.stat", lambda path: status)
     assert same(record, record._replace(inode=-6)) == [True, False]

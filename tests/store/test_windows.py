@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from featurecache.reading import gather_rows as by_torch
+from featurecache.features.stored import gather_rows as by_torch
 from featurecache.store.chunks import as_slice
 from featurecache.store.format import CODECS
 from featurecache.store.store import FeatureStore

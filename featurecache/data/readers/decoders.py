@@ -20,7 +20,7 @@ from featurecache.data.readers.pixels import from_pillow
 from featurecache.errors import ReadError
 
 with contextlib.suppress(ImportError):
-    from featurecache.lean import torchvision  # noqa: F401  registers the operators
+    from featurecache.machine.lean import torchvision  # noqa: F401  registers the operators
 
 _UNCHANGED, _GREY, _RGB = 0, 1, 3  # torchvision's ImageReadMode
 

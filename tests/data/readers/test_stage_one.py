@@ -13,7 +13,7 @@ from extract_kit import counts, features, write_manifest
 from featurecache.bodies.registry import load_body
 from featurecache.data.readers import get_reader
 from featurecache.errors import InputError
-from featurecache.recorded import check_bodies
+from featurecache.rundir.recorded import check_bodies
 from featurecache.store.store import FeatureStore
 
 CHARACTERS = "featurecache.bodies.small:characters"

@@ -1,0 +1,1 @@
+"""A declared pipeline: its configuration, plan, stages, state and report."""

@@ -1,0 +1,1 @@
+"""The care of a store: corrected manifests, dropping, forgetting, recomputing."""
