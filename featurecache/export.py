@@ -106,7 +106,7 @@ def export(
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError(f"{path}: exists. Choose another --out, or replace a file with --overwrite.")
     if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
+        raise InputError(f"{path.parent}: no such folder. Make it, or choose another --out.")
     names = [*(f"{block.view}.{block.tap}" for block in features.blocks), *feature_names(features.blocks)]
     taken = sorted(set(table.columns) & {*names, "x", "columns"})
     if taken:

@@ -26,7 +26,7 @@ from featurecache.fusion import get_fusion
 from featurecache.heads.base import Fold, Head, get_head, load_head
 from featurecache.heads.decoder import DecoderHead, is_dense
 from featurecache.progress import Reporter, Silent
-from featurecache.run import Run, RunWriter, load_run
+from featurecache.run import Run, RunWriter
 from featurecache.rundir.densefit import Counted, count_masks, kept
 from featurecache.rundir.fitrecord import NOTHING, Beside, finish_head, read_about, run_path, target_of
 from featurecache.rundir.mistakes import single_views
@@ -71,19 +71,6 @@ class HeadRun(Run):
         if not recorded:
             return scores
         return Calibration.from_json(recorded).apply(scores, exclusive=bool(self.classes))
-
-
-def load_head_run(path: str | Path) -> HeadRun:
-    """A run of `fit-head`.
-
-    Raises:
-        RunError: it is damaged.
-        InputError: it is a run of another kind.
-    """
-    run = load_run(path)
-    if run.kind != "head":
-        raise InputError(f"{path}: a {run.kind} run, not one of fit-head")
-    return HeadRun(run.path, run.record)
 
 
 def check_recipes(run: HeadRun, dataset: FeatureDataset) -> list[str]:

@@ -139,7 +139,7 @@ def explain(
         out: folder of the pictures; default RUN/explain, whose content is replaced.
         seed: of what gradient-shap draws.
         reporter: told of progress.
-        options: as for `predict`.
+        options: as for `predict`; `batch_size` is how many changed images one pass of occlusion takes.
 
     Raises:
         InputError: unknown method, class, layer or sample; a method that does not suit the head.
@@ -147,7 +147,7 @@ def explain(
     """
     return run_explain(
         opened_run(run),
-        new_samples(sources, {"device": "cpu", **options}),
+        new_samples(sources, options),
         method=method,
         samples=str(samples) if isinstance(samples, int) else ",".join(samples),
         output=output,

@@ -45,7 +45,7 @@ evaluation.dense evaluation.metrics evaluation.weighted evaluation.threshold eva
 evaluation.verdict evaluation.calibration evaluation.subgroups evaluation.curves
 fusion.base fusion.concat fusion.gated fusion.pair fusion.pooled fusion.spatial fusion
 heads.record heads.fold heads.bins heads.scratch heads.space heads.blas heads.base heads.importance heads.losses
-heads.rows
+heads.rows heads.epochs
 heads.fcmodule heads.fc heads.decodermodule heads.decoder heads.lbfgs heads.linear_stream
 heads.logistic heads.xgboost heads.contract
 rundir.results rundir.flow rundir.mistakes rundir.densefit
@@ -65,7 +65,7 @@ api looking
 pipeline.makers pipeline.classify pipeline.config pipeline.state pipeline.plan pipeline.stages pipeline.pipeline
 pipeline.report demo pipeline.initial
 cli.output cli.tally cli.bars cli.progress cli.options cli.stagetwo cli.extract cli.heads
-cli.jointoptions cli.joint cli.predict cli.stores cli.bodies cli.maintenance
+cli.jointoptions cli.joint cli.newsamples cli.predict cli.stores cli.bodies cli.maintenance
 cli.compare cli.ablate cli.tune cli.report cli.export cli.explore cli.explain cli.doctor
 cli.demo cli.pipeline cli.init cli
 """.split()

@@ -10,6 +10,7 @@ import pytest
 from stage_two import command, quick, read_table, samples, write_store
 
 import featurecache as fc
+from featurecache.api import load_run
 from featurecache.config import HeadConfig, SplitConfig
 from featurecache.crossval import cross_validate
 from featurecache.data.splits import fold_splits, make_splits
@@ -18,7 +19,7 @@ from featurecache.errors import InputError
 from featurecache.evaluate import evaluate_own
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.threshold import At, choose_threshold
-from featurecache.fit import fit_rows, load_head_run
+from featurecache.fit import fit_rows
 from featurecache.heads.base import get_head
 from featurecache.progress import Silent
 from featurecache.reporting.report import render
@@ -63,9 +64,7 @@ def test_out_of_fold_scores_are_those_of_the_folds_own_heads(store, tmp_path, ta
     everything = make_splits(dataset.table, dataset.target, SplitConfig(group="patient", seed=2, test=0.0))
     assert set(everything.tolist()) == {"train", "valid"}
     fit_rows(final, dataset, everything, Silent())
-    np.testing.assert_allclose(
-        load_head_run(run.path).predict_proba(dataset), final.score_rows(dataset.features), rtol=1e-6
-    )
+    np.testing.assert_allclose(load_run(run.path).predict_proba(dataset), final.score_rows(dataset.features), rtol=1e-6)
 
 
 def test_groups_stay_in_one_fold_and_fold_figures_are_those_of_their_rows(store, tmp_path):
@@ -105,7 +104,7 @@ def test_each_fold_decides_by_a_threshold_that_was_chosen_on_its_own_validation_
             assert [value in ("yes", "1") for value in part[said]] == expected
     everything = make_splits(dataset.table, dataset.target, SplitConfig(group="patient", seed=2, test=0.0))
     rows = np.flatnonzero(everything == "valid")
-    scores = load_head_run(run.path).predict_proba(dataset)[rows]
+    scores = load_run(run.path).predict_proba(dataset)[rows]
     own = choose_threshold(dataset.target.subset(rows), scores, at=At.parse("sensitivity=0.8"))["value"]
     assert run.threshold["value"] == pytest.approx(own, abs=1e-6), "new samples: by the kept head's own"
     # Subgroups are decided by the same thresholds: taken together they are the whole.

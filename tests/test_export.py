@@ -106,7 +106,7 @@ def test_files_hold_what_the_dataset_has(store, dataset, tmp_path, format):
 
 
 def test_what_can_not_be_exported(store, dataset, tmp_path):
-    assert "no such folder" in command("export", store, "--dataset", "m", "--tap", "layer4", "--out",
+    assert "no such folder. Make it" in command("export", store, "--dataset", "m", "--tap", "layer4", "--out",
                                        tmp_path / "no" / "x.csv").err  # fmt: skip
     assert "holds several taps" in command("export", store, "--dataset", "m", "--out", tmp_path / "x").err
     table = dataset.table.rename({"kind": "columns"})

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from stage_two import quick, recipe, samples, write_store
 
+from featurecache.api import load_run
 from featurecache.config import FitConfig
 from featurecache.crossval import fit_from_config
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError, RecipeMismatchError, RunError
 from featurecache.evaluation.calibration import fit_calibration
-from featurecache.fit import HeadRun, fit_head, load_head_run
+from featurecache.fit import HeadRun, fit_head
 from featurecache.progress import Silent
 from featurecache.run import RunWriter
 from featurecache.rundir.recorded import read_recipe, recipe_differences
@@ -102,13 +103,12 @@ def test_nothing_is_left_where_fitting_fails(store, dataset, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_head_runs_are_loaded_as_such(tmp_path, dataset):
+def test_only_head_runs_are_loaded_as_such(tmp_path):
     with RunWriter(tmp_path / "joint", kind="joint") as writer:
         writer.publish(
             {"task": "binary", "classes": ["a", "b"], "targets": ["y"], "views": ["a"], "recipes": {}, "config": {}}
         )
-    with pytest.raises(InputError, match="a joint run, not one of fit-head"):
-        load_head_run(tmp_path / "joint")
+    assert not isinstance(load_run(tmp_path / "joint"), HeadRun)
 
 
 def test_a_pickle_disguised_as_a_head_executes_nothing(tmp_path, dataset):
@@ -123,7 +123,7 @@ def test_a_pickle_disguised_as_a_head_executes_nothing(tmp_path, dataset):
     evil = pickle.dumps(Evil())
     (run.path / "head.npz").write_bytes(evil)
     with pytest.raises(RunError, match=r"head.npz has changed since the run was written"):
-        load_head_run(run.path)
+        load_run(run.path)
     digest = hashlib.sha256(evil).hexdigest()
     record = json.loads((run.path / "run.json").read_text())
     head = json.loads((run.path / "head.json").read_text())
@@ -133,10 +133,10 @@ def test_a_pickle_disguised_as_a_head_executes_nothing(tmp_path, dataset):
     record["files"]["head.json"] = hashlib.sha256((run.path / "head.json").read_bytes()).hexdigest()
     (run.path / "run.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="a Python pickle, which heads never are; nothing of it was executed"):
-        load_head_run(run.path).predict_proba(dataset)
+        load_run(run.path).predict_proba(dataset)
     (run.path / "run.json").write_bytes(evil)
     with pytest.raises(RunError, match=r"run.json: not JSON. Nothing in it was executed"):
-        load_head_run(run.path)
+        load_run(run.path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -184,7 +184,7 @@ def test_calibration_is_fitted_on_validation_and_goes_with_the_run(dataset, stor
     expected = fit_calibration(to_target(valid), valid.scores, method).apply(plain.arrays.scores, exclusive=True)
     np.testing.assert_allclose(run.arrays.scores, expected, atol=1e-12)
     assert run.metrics["valid"]["log_loss"] <= plain.metrics["valid"]["log_loss"] + 1e-9
-    again = load_head_run(run.path)
+    again = load_run(run.path)
     np.testing.assert_allclose(again.predict_proba(dataset), expected, atol=1e-6)
     assert metrics_from_predictions(run.path) == run.metrics
 

@@ -107,7 +107,7 @@ def ablate(
 def make_folder(out: Path, *, overwrite: bool) -> None:
     """Before hours are spent: refuse a folder that holds an ablation, and what is no folder."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: a file; --out is a folder")
+        raise InputError(f"{out}: a file, but --out is a folder. Choose another --out.")
     if (out / "ablation.json").exists() and not overwrite:
         raise InputError(f"{out}: already holds an ablation. Give another --out, or --overwrite to replace it.")
     out.mkdir(parents=True, exist_ok=True)

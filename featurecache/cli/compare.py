@@ -45,7 +45,7 @@ def compare(
                 line += f" [{row.test_low:.3f}, {row.test_high:.3f}]"
             if row.difference is not None:
                 line += f"  {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-            output.text(f"{line}  {row.words}")
+            output.text(f"{line}  {row.words}{f' ({row.note})' if row.note else ''}")
         output.next = f"open {found.runs[0].run}/report.html"
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from featurecache.cli import options as opt
+from featurecache.cli.newsamples import RunArgument, Sources, new_samples
 from featurecache.cli.output import Debug, Json, Quiet, command
 from featurecache.cli.progress import reporter
 
@@ -26,10 +27,9 @@ class AttributionChoice(StrEnum):
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run of fit-head or finetune-joint.")],
-    sources: Annotated[
-        list[str], typer.Argument(metavar="MANIFEST|FILE...", help="A table or folder, or image files.")
-    ],
+    ctx: typer.Context,
+    run: RunArgument,
+    sources: Sources,
     method: Annotated[
         AttributionChoice,
         typer.Option(help="gradcam: by gradient, coarse; occlusion: any head, slow; the others: fine, by gradient."),
@@ -49,36 +49,25 @@ def explain(
     body: opt.BodyOption = None,
     weights: opt.Weights = None,
     trust_factory: opt.TrustFactory = None,
+    device: opt.DeviceOption = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="Changed images in one pass of occlusion, or auto: 16.", rich_help_panel=opt.DEVICE)
+    ] = "auto",
+    workers: opt.Workers = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Draw per sample all views side by side with the heat map for a class; `report` takes them over."""
     with command("explain", as_json=as_json, quiet=quiet, debug=debug, journals=(run,)) as result:
-        from featurecache.newsamples import NewSamples
         from featurecache.reporting.explain import explain as draw
         from featurecache.run import load_run
 
         loaded = load_run(run)
-        new = NewSamples(
-            sources=tuple(sources),
-            manifest={
-                "views": opt.pairs("--view", view),
-                "id": id,
-                "root": root,
-                "allow_outside": allow_outside,
-            },
-            body={
-                "body": opt.per_view("--body", body, loaded.views),
-                "weights": opt.per_view("--weights", weights, loaded.views),
-                "trust_factory": tuple(trust_factory or ()),
-            },
-            device="cpu",
-        )
         with reporter(quiet=quiet) as progress:
             made = draw(
                 loaded,
-                new,
+                new_samples(loaded, ctx.params, *sources),
                 method=method.value,
                 samples=samples,
                 output=output,

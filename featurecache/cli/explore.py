@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featurecache.cli import options as opt
+from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Quiet, command, human_bytes
-from featurecache.errors import InputError
 
 if TYPE_CHECKING:
     from featurecache.run import Run
@@ -27,8 +27,8 @@ class MethodChoice(StrEnum):
 
 
 def explore(
-    store: Annotated[Path, typer.Argument(help="The store that `featurecache extract` made.")],
-    dataset: Annotated[str, typer.Option(help="Name of the dataset in the store.")],
+    store: two.Store,
+    dataset: two.Dataset,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explore.html"),
     run: Annotated[
         Path | None, typer.Option(help="A run on these samples: labels, predictions, errors and splits.")
@@ -59,21 +59,11 @@ def explore(
         Path | None,
         typer.Option(help="Also write x, y and pictures of all samples, for other viewers.", rich_help_panel=PAGE),
     ] = None,
-    views: Annotated[str | None, typer.Option(metavar="A,B", help="Default: all.", rich_help_panel=opt.DATA)] = None,
-    tap: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:POOL]", help="Or VIEW=NAME[:POOL]; default the only one.", rich_help_panel=opt.DATA
-        ),
-    ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DIGEST or VIEW=DIGEST", help="Default: the dataset's.", rich_help_panel=opt.DATA),
-    ] = None,
+    views: two.Views = None,
+    tap: two.Tap = None,
+    recipe: two.RecipeDigest = None,
     missing: opt.MissingOption = opt.MissingChoice.zero,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Use what is extracted so far.", rich_help_panel=opt.DATA)
-    ] = False,
+    allow_partial: two.AllowPartial = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -105,7 +95,7 @@ def explore(
                 by=opt.listed(by),
                 method=method.value,
                 points=points,
-                images=how_many(images),
+                images="auto" if images == "auto" else two.image_count(images, "auto, none"),
                 near=near,
                 alike=alike,
                 seed=seed,
@@ -137,14 +127,3 @@ def run_taps(run: Run | None) -> dict[str, list[str]] | None:
     if run is None or run.kind != "head":
         return None
     return {view: [str(tap) for tap in taps] for view, taps in run.record.get("tap", {}).items()}
-
-
-def how_many(text: str) -> int | Literal["auto", "none"]:
-    """`auto`, `none`, or a number of samples."""
-    if text == "auto":
-        return "auto"
-    if text == "none":
-        return "none"
-    if not text.isdecimal():
-        raise InputError(f"--images {text!r}: write auto, none, or how many samples have pictures")
-    return int(text)

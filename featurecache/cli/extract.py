@@ -20,21 +20,6 @@ STORE = "Store"
 REPLICAS = "Augmented replicas"
 
 
-class StoreDtype(StrEnum):
-    """How features are stored."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class EngineOption(StrEnum):
-    """What runs the body."""
-
-    auto = "auto"
-    torch = "torch"
-    openvino = "openvino"
-
-
 class Codec(StrEnum):
     """How chunks are compressed."""
 
@@ -103,8 +88,9 @@ def extract(
         bool, typer.Option("--replace", help="Give the name to another manifest.", rich_help_panel=STORE)
     ] = False,
     store_dtype: Annotated[
-        StoreDtype, typer.Option(help="Numbers in the store; float32 takes twice the space.", rich_help_panel=STORE)
-    ] = StoreDtype.float16,
+        opt.DtypeChoice,
+        typer.Option(help="Numbers in the store; float32 takes twice the space.", rich_help_panel=STORE),
+    ] = opt.DtypeChoice.float16,
     codec: Annotated[Codec, typer.Option(help="Features hardly compress.", rich_help_panel=STORE)] = Codec.none,
     rows_per_chunk: Annotated[
         int | None, typer.Option(help="Default: about 8 MiB a chunk.", rich_help_panel=STORE)
@@ -128,12 +114,12 @@ def extract(
         typer.Option("--dry-run", help="Say what would be computed and why; write nothing.", rich_help_panel=STORE),
     ] = False,
     engine: Annotated[
-        EngineOption,
+        opt.EngineChoice,
         typer.Option(
             help="auto: as the rows of the store were made; else openvino on a CPU, torch elsewhere.",
             rich_help_panel=opt.DEVICE,
         ),
-    ] = EngineOption.auto,
+    ] = opt.EngineChoice.auto,
     device: opt.DeviceOption = "auto",
     precision: opt.PrecisionOption = opt.PrecisionChoice.auto,
     batch_size: opt.BatchSize = "auto",

@@ -110,6 +110,10 @@ def show_run(output: Output, run: Run) -> None:
         output.text(f"skipped   {', '.join(skipped)}: {why} in training")
     if lacking := cv.get("skipped"):
         output.text(f"skipped   {', '.join(lacking)}: not in the training samples of every fold")
+    if (run.record.get("calibration") or {}).get("bound_reached"):
+        from featurecache.reporting.wording import BOUND_REACHED
+
+        output.text(f"note      {BOUND_REACHED[0].lower()}{BOUND_REACHED[1:]}")
     for view, count in run.record.get("failed_views", {}).items():
         output.text(f"missing   view {view} of {count:,} samples: the image could not be read")
     if run.record.get("n_dropped"):

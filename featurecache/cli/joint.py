@@ -67,8 +67,8 @@ def finetune_joint(
     pairs: net.Pairs = False,
     train_from: net.TrainFrom = None,
     store: net.Store = None,
-    store_dtype: net.StoreDtype = net.StoreType.float16,
-    engine: net.Engine = net.EngineChoice.auto,
+    store_dtype: net.StoreDtype = opt.DtypeChoice.float16,
+    engine: net.Engine = opt.EngineChoice.auto,
     replicas: net.Replicas = 0,
     epochs: Annotated[int, typer.Option(help="Epochs with the bodies trained.", rich_help_panel=SCHEDULE)] = 5,
     freeze_epochs: Annotated[

@@ -31,21 +31,6 @@ class Share(StrEnum):
     none = "none"
 
 
-class EngineChoice(StrEnum):
-    """What runs the lower part."""
-
-    auto = "auto"
-    torch = "torch"
-    openvino = "openvino"
-
-
-class StoreType(StrEnum):
-    """How activations are stored."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
 ShareBodies = Annotated[
     Share, typer.Option("--share-bodies", help="Weights that views share; alone: all.", rich_help_panel=NETWORK)
 ]
@@ -90,8 +75,8 @@ AugmentColumn = Annotated[
     ),
 ]
 Store = Annotated[Path | None, typer.Option("--store", help="Where that is cached.", rich_help_panel=PREFIX)]
-StoreDtype = Annotated[StoreType, typer.Option("--store-dtype", help="How it is stored.", rich_help_panel=PREFIX)]
-Engine = Annotated[EngineChoice, typer.Option("--engine", help="What computes it.", rich_help_panel=PREFIX)]
+StoreDtype = Annotated[opt.DtypeChoice, typer.Option("--store-dtype", help="How it is stored.", rich_help_panel=PREFIX)]
+Engine = Annotated[opt.EngineChoice, typer.Option("--engine", help="What computes it.", rich_help_panel=PREFIX)]
 Replicas = Annotated[
     int, typer.Option("--replicas", help="Augmented versions to cache of each image.", rich_help_panel=PREFIX)
 ]

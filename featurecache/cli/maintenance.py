@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurecache.cli import options as opt
 from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, human_bytes
 from featurecache.cli.progress import reporter
 from featurecache.errors import InputError
@@ -20,13 +21,12 @@ PRUNE_EPILOG = "Example: featurecache prune cache --dry-run"
 FORGET_EPILOG = "Example: featurecache forget cache --id patient-17 --id patient-23"
 COMPACT_EPILOG = "Example: featurecache compact cache --out cache2 --order manifest"
 
-Store = Annotated[Path, typer.Argument(help="A store.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be dropped; change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask. Needed where there is no terminal.")]
 
 
 def rm(
-    store: Store,
+    store: opt.Store,
     names: Annotated[
         list[str],
         typer.Argument(
@@ -57,7 +57,7 @@ def rm(
 
 
 def prune(
-    store: Store,
+    store: opt.Store,
     dry_run: DryRun = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -80,7 +80,7 @@ def prune(
 
 
 def forget(
-    store: Store,
+    store: opt.Store,
     more: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="More ids: --id A B C.")] = None,
     ids: Annotated[
         list[str] | None, typer.Option("--id", metavar="ID...", help="Id of a sample; several may follow.")
@@ -118,7 +118,7 @@ def forget(
 
 
 def compact(
-    store: Store,
+    store: opt.Store,
     out: Annotated[Path, typer.Option(metavar="STORE2", help="The new store; must not exist.")],
     order: Annotated[
         str | None, typer.Option(metavar="DATASET", help="Lay rows in the order of this dataset's manifest.")

@@ -42,6 +42,21 @@ class PrecisionChoice(StrEnum):
     fp16 = "fp16"
 
 
+class EngineChoice(StrEnum):
+    """What runs bodies."""
+
+    auto = "auto"
+    torch = "torch"
+    openvino = "openvino"
+
+
+class DtypeChoice(StrEnum):
+    """How features are stored."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
 class TaskChoice(StrEnum):
     """What kind of prediction."""
 
@@ -69,6 +84,7 @@ class MissingChoice(StrEnum):
     error = "error"
 
 
+Store = Annotated[Path, typer.Argument(help="A store.")]
 Manifest = Annotated[Path, typer.Argument(help="CSV or Parquet table, or a folder with a sub-folder per class.")]
 View = Annotated[
     list[str] | None,

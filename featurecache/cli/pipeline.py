@@ -15,14 +15,11 @@ from featurecache.cli.typed import toml_value
 if TYPE_CHECKING:
     from featurecache.pipeline.plan import Step
 
-EPILOG = (
-    "Example: featurecache pipeline pipelines/joint.toml --set joint.epochs=1 --out runs. "
-    "Again: what is done is not done again."
-)
+EPILOG = "Example: featurecache pipeline joint --set joint.epochs=1 --out runs. Again: what is done is not done again."
 
 
 def pipeline(
-    file: Annotated[Path, typer.Argument(help="The pipeline, a TOML file.")],
+    file: Annotated[Path, typer.Argument(help="A TOML file, or the name of a recipe that comes along, such as joint.")],
     out: Annotated[Path, typer.Option(help="Folder; everything goes into OUT/<stem of the file>.")] = Path("runs"),
     setting: Annotated[
         list[str] | None,
@@ -81,7 +78,9 @@ def told(step: Step) -> str:
         ends = f" [{figures['test_low']:.3f}, {figures['test_high']:.3f}]" if "test_low" in figures else ""
         return f"test {figures['metric']} {figures['test']:.3f}{ends} (n {figures['n_test']:,})"
     if step.kind == "compare":
-        return f"first of {len(figures['runs'])} on validation: {figures['runs'][0]['run']}"
+        first = figures["runs"][0]
+        note = f" ({first['note']})" if first.get("note") else ""
+        return f"first of {len(figures['runs'])} on validation: {first['run']}{note}"
     return f"{len(figures['images'])} images" if step.kind == "classify" else ""
 
 

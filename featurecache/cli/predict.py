@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,17 +11,15 @@ import typer
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.heads import flat_metrics, metric_line, split_label
+from featurecache.cli.newsamples import RunArgument, Sources, Store, Tta, new_samples
 from featurecache.cli.output import Debug, Json, Output, Quiet, command
 from featurecache.cli.progress import reporter
 
 if TYPE_CHECKING:
+    from featurecache.evaluate import Evaluation
     from featurecache.evaluation.subgroups import Subgroup
-    from featurecache.newsamples import NewSamples
     from featurecache.run import Run
 
-RUN = Annotated[Path, typer.Argument(help="A run of fit-head or finetune-joint.")]
-STORE = Annotated[Path | None, typer.Option(help="Keep features here: the next time only new images are computed.")]
-TTA = Annotated[int, typer.Option("--tta", metavar="N", help="Joint runs: average N augmented versions.")]
 PREDICT_EPILOG = (
     "Example: featurecache predict runs/xgb new.csv --out preds.csv --store cache. Single files of a two-view run: "
     "featurecache predict runs/xgb frontal=a.png lateral=b.png --out preds.csv"
@@ -29,37 +28,12 @@ MOST_SHOWN = 20  # subgroups on the screen
 EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache --by site"
 
 
-def new_samples(run: Run, params: dict[str, Any], sources: tuple[str, ...]) -> NewSamples:
-    """What the parameters say about the new samples."""
-    from featurecache.newsamples import NewSamples
-
-    return NewSamples(
-        sources=sources,
-        store=params["store"],
-        manifest={
-            "views": opt.pairs("--view", params["view"]),
-            **{name: params[name] for name in ("id", "root", "allow_outside")},
-        },
-        body={
-            "body": opt.per_view("--body", params["body"], run.views),
-            "weights": opt.per_view("--weights", params["weights"], run.views),
-            "trust_factory": tuple(params["trust_factory"] or ()),
-        },
-        device=params["device"],
-        batch_size=params["batch_size"],
-        workers=params["workers"],
-        tta=params["tta"],
-    )
-
-
 def predict(
     ctx: typer.Context,
-    run: RUN,
-    sources: Annotated[
-        list[str], typer.Argument(metavar="MANIFEST|FILE...", help="A table or folder, or image files.")
-    ],
+    run: RunArgument,
+    sources: Sources,
     out: Annotated[Path, typer.Option(help=".csv or .parquet.")],
-    store: STORE = None,
+    store: Store = None,
     view: opt.View = None,
     id: opt.Id = None,
     root: opt.Root = None,
@@ -70,7 +44,7 @@ def predict(
     device: opt.DeviceOption = "auto",
     batch_size: opt.BatchSize = "auto",
     workers: opt.Workers = "auto",
-    tta: TTA = 0,
+    tta: Tta = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -82,7 +56,7 @@ def predict(
 
         loaded = load_run(run)
         with reporter(quiet=quiet) as progress:
-            scored, path = run_prediction(loaded, new_samples(loaded, ctx.params, tuple(sources)), out, progress)
+            scored, path = run_prediction(loaded, new_samples(loaded, ctx.params, *sources), out, progress)
         output.outputs = [str(path)]
         output.failed = scored.failures
         output.figures = {"samples": len(scored.sample_ids), "computed": scored.computed, "reused": scored.reused}
@@ -96,9 +70,9 @@ def predict(
 
 def evaluate(
     ctx: typer.Context,
-    run: RUN,
+    run: RunArgument,
     manifest: Annotated[str | None, typer.Argument(help="New labelled samples; default the run's own.")] = None,
-    store: STORE = None,
+    store: Store = None,
     view: opt.View = None,
     id: opt.Id = None,
     root: opt.Root = None,
@@ -109,7 +83,7 @@ def evaluate(
     device: opt.DeviceOption = "auto",
     batch_size: opt.BatchSize = "auto",
     workers: opt.Workers = "auto",
-    tta: TTA = 0,
+    tta: Tta = 0,
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Measure each value of a column on its own, too.")
     ] = None,
@@ -129,36 +103,60 @@ def evaluate(
 
         loaded = load_run(run)
         if manifest is None and by is None and at is None:
-            output.outputs = [str(run)]
-            output.figures = {"run": str(run), **flat_metrics(loaded.metrics)}
-            for split in ("test", "valid", "train"):
-                if split in loaded.metrics:
-                    output.text(metric_line(split_label(loaded, split), loaded.metrics[split]))
-            output.next = f"featurecache evaluate {run} MANIFEST measures on new labelled samples"
+            show_metrics(output, loaded)
             return
         output.journals += [path for path in (run, store) if path is not None]
-        from featurecache.evaluate import evaluate as run_evaluation
-        from featurecache.evaluate import evaluate_own
-
         if manifest is None:
-            found = evaluate_own(loaded, by=by, table=table, id=ctx.params["id"], at=at, bootstrap=bootstrap)
+            found = measure_own(loaded, ctx.params)
         else:
-            with reporter(quiet=quiet) as progress:
-                new = new_samples(loaded, ctx.params, (manifest,))
-                found = run_evaluation(
-                    loaded, new, by=by, at=at, bootstrap=bootstrap, images=two.image_count(images), reporter=progress
-                )
-        output.outputs = [str(found.path)]
-        output.figures = {"run": str(run), **flat_metrics(found.metrics)}
-        if found.scored is not None:
-            output.failed = found.scored.failures
-            samples = {"samples": len(found.scored.sample_ids)}
-            output.figures |= {**samples, "computed": found.scored.computed, "reused": found.scored.reused}
-        tell_notes(output, [*(found.scored.notes if found.scored is not None else ()), *found.notes])
-        output.text(metric_line(split_label(loaded, "test") if manifest is None else "test", found.metrics["test"]))
-        show_subgroups(output, by or "", found.subgroups)
-        output.text(f"written   {found.path}")
-        output.next = f"open {found.path}/report.html"
+            found = measure_new(loaded, manifest, ctx.params)
+        show_evaluation(output, loaded, found, by or "")
+
+
+def show_metrics(output: Output, run: Run) -> None:
+    """What the run says of itself; nothing is measured."""
+    output.outputs = [str(run.path)]
+    output.figures = {"run": str(run.path), **flat_metrics(run.metrics)}
+    for split in ("test", "valid", "train"):
+        if split in run.metrics:
+            output.text(metric_line(split_label(run, split), run.metrics[split]))
+    output.next = f"featurecache evaluate {run.path} MANIFEST measures on new labelled samples"
+
+
+def measure_own(run: Run, params: Mapping[str, Any]) -> Evaluation:
+    """The run's own samples by subgroups, or decided elsewhere."""
+    from featurecache.evaluate import evaluate_own
+
+    return evaluate_own(run, **{name: params[name] for name in ("by", "table", "id", "at", "bootstrap")})
+
+
+def measure_new(run: Run, manifest: str, params: Mapping[str, Any]) -> Evaluation:
+    """New labelled samples."""
+    from featurecache.evaluate import evaluate as run_evaluation
+
+    with reporter(quiet=params["quiet"]) as progress:
+        return run_evaluation(
+            run,
+            new_samples(run, params, manifest),
+            **{name: params[name] for name in ("by", "at", "bootstrap")},
+            images=two.image_count(params["images"]),
+            reporter=progress,
+        )
+
+
+def show_evaluation(output: Output, run: Run, found: Evaluation, by: str) -> None:
+    """What was measured, of new samples or of the run's own, and of the values of the column `by`."""
+    output.outputs = [str(found.path)]
+    output.figures = {"run": str(run.path), **flat_metrics(found.metrics)}
+    if found.scored is not None:
+        output.failed = found.scored.failures
+        samples = {"samples": len(found.scored.sample_ids)}
+        output.figures |= {**samples, "computed": found.scored.computed, "reused": found.scored.reused}
+    tell_notes(output, [*(found.scored.notes if found.scored is not None else ()), *found.notes])
+    output.text(metric_line(split_label(run, "test") if found.scored is None else "test", found.metrics["test"]))
+    show_subgroups(output, by, found.subgroups)
+    output.text(f"written   {found.path}")
+    output.next = f"open {found.path}/report.html"
 
 
 def show_subgroups(output: Output, by: str, subgroups: list[Subgroup]) -> None:

@@ -112,8 +112,12 @@ def fit_config(params: Mapping[str, Any], source: str, **fixed: Any) -> FitConfi
     return FitConfig.create(values, source=source)
 
 
-def image_count(text: str) -> int | Literal["none"]:
+def image_count(text: str, words: str = "none") -> int | Literal["none"]:
     """`--images N|none`.
+
+    Args:
+        text: what was typed.
+        words: that may be typed in the place of a number, for the message.
 
     Raises:
         InputError: neither.
@@ -121,5 +125,5 @@ def image_count(text: str) -> int | Literal["none"]:
     if text == "none":
         return "none"
     if not text.isdecimal():
-        raise InputError(f"--images {text}: a number, or none")
+        raise InputError(f"--images {text!r}: write {words} or a number of samples")
     return int(text)

@@ -10,12 +10,11 @@ import typer
 from featurecache.cli import options as opt
 from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, counted, human_bytes
 
-STORE = Annotated[Path, typer.Argument(help="A store.")]
 INFO_EPILOG = "Example: featurecache info cache"
 VERIFY_EPILOG = "Example: featurecache verify cache --repair; featurecache verify cache --recompute 100"
 
 
-def info(store: STORE, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def info(store: opt.Store, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show the recipes, taps, rows, datasets and failures of a store."""
     with command("info", as_json=as_json, quiet=quiet, debug=debug) as output:
         from featurecache.store.store import FeatureStore
@@ -44,7 +43,7 @@ def info(store: STORE, as_json: Json = False, quiet: Quiet = False, debug: Debug
 
 
 def verify(
-    store: STORE,
+    store: opt.Store,
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop rows of damaged chunks, so that extract computes them again.")
     ] = False,

@@ -1,4 +1,4 @@
-"""Where the files that travel with the package are: inside an installed wheel, or in `data/` of a checkout."""
+"""Where the files that travel with the package are: inside an installed wheel, or in a checkout."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ def shipped_path(relative: str) -> Path:
         f"{relative}: this file should travel with featurecache, but is in neither {places[0]} nor {places[1]}. "
         "Reinstall the package, or in a checkout run the scripts of data/."
     )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The pipelines that travel with the package, by name."""
+    for folder in (PACKAGE / "_shipped" / "pipelines", PACKAGE.parent / "pipelines"):
+        if (folder / "joint.toml").is_file():  # so that it is not a folder of another package beside an installed one
+            return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {}

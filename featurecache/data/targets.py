@@ -14,6 +14,7 @@ from featurecache.errors import InputError, did_you_mean
 
 TaskName = Literal["binary", "multiclass", "multilabel", "regression", "dense"]
 MAX_NUMERIC_CLASSES = 20  # more distinct whole numbers than this are a quantity, not classes
+MANY_CLASSES = 20  # more than this, and as many as half the samples, are ids or free text unless the task is given
 _SHOWN = 5
 _MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")
 _MEANING = {"ignore": None, "zero": "0", "one": "1"}
@@ -78,9 +79,10 @@ def read_target(
 
     Raises:
         InputError: no such column, a value that the task can't take (naming column, sample and value), fewer than two
-            classes, as many classes as samples, an uncertain value that no column holds. The last is let pass where
-            `classes`, or multilabel or regression as the task, may be those of a model, whose new samples need not
-            hold it; multilabel refuses unknown marks anyway.
+            classes, as many classes as samples (with `auto` also more than 20 classes and half as many as samples), an
+            uncertain value that no column holds. The last is let pass where `classes`, or multilabel or regression as
+            the task, may be those of a model, whose new samples need not hold it; multilabel refuses unknown marks
+            anyway.
     """
     head = f"{source}: " if source else ""
     if not names:
@@ -93,7 +95,8 @@ def read_target(
     columns = [_certain(table[name], uncertain or {}, head) for name in names]
     if classes is None and task not in ("multilabel", "regression"):
         _check_uncertain([table[name] for name in names], uncertain or {}, head)
-    if task == "auto":
+    guessed = task == "auto"
+    if guessed:
         task = "multiclass" if classes is not None and len(classes) > 2 else _guess(columns)
         task = "binary" if classes is not None and len(classes) == 2 else task
     if task in ("multilabel", "regression"):
@@ -103,7 +106,7 @@ def read_target(
         return Target(task, tuple(names), (), values)  # type: ignore[arg-type]
     if len(columns) > 1:
         raise InputError(f"{head}{len(columns)} target columns can't be {task}; use --task multilabel or regression")
-    return _classes(table, columns[0], task, classes, head)
+    return _classes(table, columns[0], task, classes, head, guessed=guessed)
 
 
 def _named(names: Sequence[str]) -> str:
@@ -211,7 +214,9 @@ def _numbers(table: pl.DataFrame, columns: Sequence[pl.Series], *, binary: bool,
     return values
 
 
-def _classes(table: pl.DataFrame, text: pl.Series, task: str, classes: Sequence[str] | None, head: str) -> Target:
+def _classes(
+    table: pl.DataFrame, text: pl.Series, task: str, classes: Sequence[str] | None, head: str, *, guessed: bool
+) -> Target:
     found = text.drop_nulls().unique().to_list()
     if classes is None:
         labels = _sorted(found)
@@ -219,15 +224,8 @@ def _classes(table: pl.DataFrame, text: pl.Series, task: str, classes: Sequence[
             raise InputError(f"{head}column {text.name!r}: no value is known")
         if len(labels) < 2:
             raise InputError(f"{head}column {text.name!r}: only one class, {labels[0]!r}; at least two are needed")
-        if task != "binary" and 2 < len(labels) == len(text) - text.null_count():
-            numeric = all(_is_number(label) for label in labels)
-            other = ", or --task regression if it is a quantity" if numeric else ""
-            if labels[0].lower().endswith(_MASKS):
-                other = ", or --head decoder if these are mask images"
-            raise InputError(
-                f"{head}column {text.name!r} has as many classes as samples ({len(labels)}): {_some(labels)}. "
-                f"Ids and free text can't be learned: a class needs several samples. Give another --target{other}."
-            )
+        if task != "binary":
+            _check_repeated(labels, text, head, guessed=guessed)
     else:
         labels = list(classes)
         wrong = text.is_not_null() & ~text.is_in(labels)
@@ -242,6 +240,24 @@ def _classes(table: pl.DataFrame, text: pl.Series, task: str, classes: Sequence[
     index = text.replace_strict(labels, list(range(len(labels))), default=None, return_dtype=pl.Int64)
     values = index.fill_null(-1).to_numpy().astype(np.int64)
     return Target("binary" if task == "binary" else "multiclass", (text.name,), tuple(labels), values)
+
+
+def _check_repeated(labels: Sequence[str], text: pl.Series, head: str, *, guessed: bool) -> None:
+    """Refuse a class per sample, and, unless the task was given, a class for every two."""
+    n = len(text) - text.null_count()
+    every = 2 < len(labels) == n
+    if not every and not (guessed and len(labels) > MANY_CLASSES and 2 * len(labels) >= n):
+        return
+    other = ", or --task regression if it is a quantity" if all(_is_number(label) for label in labels) else ""
+    if labels[0].lower().endswith(_MASKS):
+        other = ", or --head decoder if these are mask images"
+    if not every:
+        other += ", or --task multiclass if these are classes"
+    many = f"as many classes as samples ({n})" if every else f"{len(labels)} classes for {n} samples"
+    raise InputError(
+        f"{head}column {text.name!r} has {many}: {_some(labels)}. "
+        f"Ids and free text can't be learned: a class needs several samples. Give another --target{other}."
+    )
 
 
 def _is_number(label: str) -> bool:

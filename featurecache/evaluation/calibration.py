@@ -17,8 +17,10 @@ from featurecache.evaluation.metrics import checked_scores
 
 Method = Literal["temperature", "isotonic"]
 METHODS = ("temperature", "isotonic")
-EPS = 1e-7  # probabilities are kept this far from 0 and 1 before their logarithm is taken
+# Probabilities are kept this far from 0 and 1 before their logarithm is taken: as near as float64 comes to 1.
+EPS = float(np.finfo(np.float64).epsneg)
 RANGE = (-4.0, 4.0)  # log of the temperature
+ENDS = (float(np.exp(RANGE[0])), float(np.exp(RANGE[1])))
 Array = NDArray[np.float64]
 
 
@@ -27,8 +29,10 @@ class Calibration:
     """A map from a head's probabilities to calibrated ones, the same for every sample.
 
     Attributes:
-        method: `temperature`: logits are divided by one number (Guo et al. 2017), which keeps the order of all samples;
-            `isotonic`: a rising step function per class or label (Zadrozny and Elkan 2002), then rows sum to 1 again.
+        method: `temperature`: logits are divided by one number (Guo et al. 2017), which keeps the order of samples for
+            two classes or a label (as far as logits of +-36.7, where float64 reaches 1) and the order of the classes
+            in a sample; `isotonic`: a rising step function per class or label (Zadrozny and Elkan 2002), then rows sum
+            to 1 again.
         parameters: per column of the scores (`temperature` of classes: one for all): the temperature, or the knots
             (x, y); None where validation says nothing and probabilities stay.
     """
@@ -60,9 +64,19 @@ class Calibration:
             found = np.where(total > 0, found / np.where(total > 0, total, 1), scores)
         return found
 
+    @property
+    def bound_reached(self) -> bool:
+        """Whether a temperature stopped at an end of the range that is searched, as where nothing is mistaken."""
+        return any(value in ENDS for value in self.parameters)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as kept in run.json."""
-        return {"method": self.method, "fitted_on": "valid", "parameters": list(self.parameters)}
+        return {
+            "method": self.method,
+            "fitted_on": "valid",
+            "parameters": list(self.parameters),
+            "bound_reached": self.bound_reached,
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
@@ -139,7 +153,11 @@ def _temperature(p: Array, y: NDArray[Any]) -> float | None:
         cooled = _cooled(p, float(np.exp(log_temperature)))
         return float(-np.log(np.maximum(cooled[np.arange(len(y)), y], EPS)).mean())
 
-    return float(np.exp(minimize_scalar(loss, bounds=RANGE, method="bounded").x))
+    within = float(minimize_scalar(loss, bounds=RANGE, method="bounded").x)
+    cold, hot, best = loss(RANGE[0]), loss(RANGE[1]), loss(within)
+    if cold == hot:  # probabilities that are all alike
+        return None
+    return ENDS[0] if cold <= best else ENDS[1] if hot <= best else float(np.exp(within))
 
 
 def _cooled(p: Array, temperature: float) -> Array:

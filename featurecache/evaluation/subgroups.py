@@ -16,6 +16,7 @@ from featurecache.rundir.cut import Threshold, at_rows
 
 FEW_GROUPS = 30  # below that a bootstrap's interval is too narrow to be trusted
 FEW_EVENTS = 10  # of the rarer answer, or class
+SHOWN = 3  # rare answers named
 UNKNOWN = ""  # the subgroup of samples where the column is empty
 
 
@@ -89,4 +90,14 @@ def _small(target: Target, n_groups: int) -> str:
         rarest = int(counts.argmin())
         if counts[rarest] < FEW_EVENTS:
             reasons.append(f"{counts[rarest]} of {target.classes[rarest]!r}")
+    elif target.task == "multilabel":
+        answers = [
+            (int(count), f"{word} {name!r}")
+            for side, word in ((1, "of"), (0, "without"))
+            for name, count in zip(target.names, (target.values == side).sum(axis=0), strict=True)
+        ]
+        few = sorted(answer for answer in answers if answer[0] < FEW_EVENTS)
+        reasons += [f"{count} {what}" for count, what in few[:SHOWN]]
+        if len(few) > SHOWN:
+            reasons.append(f"{len(few) - SHOWN} more below {FEW_EVENTS}")
     return ", ".join(reasons)

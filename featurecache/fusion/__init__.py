@@ -29,5 +29,5 @@ def get_fusion(name: str) -> type[Fusion]:
         InputError: there is none; names the nearest.
     """
     if name not in _FUSIONS:
-        raise InputError(f"unknown fusion {name!r}.{did_you_mean(name, _FUSIONS)} Known: {', '.join(_FUSIONS)}.")
+        raise InputError(f"unknown fusion {name!r}.{did_you_mean(name, _FUSIONS)} Known: {', '.join(fusion_names())}.")
     return _FUSIONS[name]

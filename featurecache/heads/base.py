@@ -339,7 +339,7 @@ def get_head(name: str) -> type[Head]:
     """
     known = _registered()
     if name not in known:
-        raise InputError(f"unknown head {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        raise InputError(f"unknown head {name!r}.{did_you_mean(name, known)} Known: {', '.join(head_names())}.")
     found = known[name].load()
     if not (isinstance(found, type) and issubclass(found, Head)) or found.name != name:
         raise InputError(f"head {name!r}: {known[name].value} is not a Head of that name")

@@ -158,6 +158,7 @@ class LogisticHead(Head):
         model.set_params(C=c)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", "The number of unique classes")  # `read_target` asked already
             model.fit(x, y, sample_weight=w)
         converged = True
         for item in caught:

@@ -50,9 +50,9 @@ class Rows(ABC):
         order = torch.randperm(len(self), generator=generator)
         return (self.batch(order[start:stop]) for start, stop in bounds)
 
-    def in_order(self) -> Iterator[Batch]:
-        """All rows as they are, some thousand at a time."""
-        size = chunk_rows(self._fold.features.shape[1])
+    def in_order(self, size: int | None = None) -> Iterator[Batch]:
+        """All rows as they are, `size` or else some thousand at a time."""
+        size = size or chunk_rows(self._fold.features.shape[1])
         return (self.batch(torch.arange(start, min(start + size, len(self)))) for start in range(0, len(self), size))
 
     @abstractmethod

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def finetune_joint(
     config = start.config
     out = processes.same(config.out or default_run_path(start.manifest.path.stem, config.target, "joint"))
     if processes.rank:
-        Training(start, fabric, None, Silent()).run()
+        with closing(Training(start, fabric, None, Silent())) as training:
+            training.run()
         processes.wait()
         return load_run(out)
     with RunWriter(out, kind="joint", overwrite=config.overwrite, resume=config.resume) as writer:
@@ -106,9 +108,9 @@ def finetune_joint(
         if kept.is_dir():  # killed while publishing
             shutil.rmtree(writer.path / FOLDER, ignore_errors=True)
             kept.rename(writer.path / FOLDER)
-        training = Training(start, fabric, writer.path, reporter)
-        done, samples = training.run(callbacks)
-        record = training.write(writer.path, done, samples)
+        with closing(Training(start, fabric, writer.path, reporter)) as training:
+            done, samples = training.run(callbacks)
+            record = training.write(writer.path, done, samples)
         if (writer.path / FOLDER).is_dir():
             (writer.path / FOLDER).rename(kept)
         run = finish_run(writer, {**record, "command": command})
@@ -144,6 +146,10 @@ class Training:
         self.settings = settings_of(start)
         read_about(config.about)  # refused before hours of training
         self.images = open_images(start, self.processes, reporter)
+
+    def close(self) -> None:
+        """Close what training read from."""
+        self.images.close()
 
     def run(self, callbacks: Sequence[Callback] = ()) -> tuple[Progress, Samples]:
         """Train; the model of the first process ends with its best weights."""

@@ -121,6 +121,9 @@ class SampleImages:
     def __len__(self) -> int:
         return len(self._cells[self.views[0]])
 
+    def close(self) -> None:
+        """Let go of what is held open: here nothing, since files are opened one at a time."""
+
     @property
     def present(self) -> NDArray[np.bool_]:
         """(n_samples, n_views) bool: which views a sample has an image of."""

@@ -110,10 +110,11 @@ def check_weights(start: Start, found: Mapping[str, Identity]) -> None:
     Raises:
         RecipeMismatchError: names the view.
     """
-    store = FeatureStore.create_or_open(start.config.store or Path(), write=False)
-    binding = store.binding(dataset_name(start))
+    with FeatureStore.create_or_open(start.config.store or Path(), write=False) as store:
+        binding = store.binding(dataset_name(start))
+        recipes = {view: store.recipe(binding.recipes[view]).recipe for view in start.uppers}
     for view, upper in start.uppers.items():
-        recipe = store.recipe(binding.recipes[view]).recipe
+        recipe = recipes[view]
         entry = next(tap for tap in recipe.taps if tap["name"] == upper.cut.name)
         if any(entry[name] != value for name, value in found[view]._asdict().items()):
             raise RecipeMismatchError(
@@ -129,6 +130,8 @@ class StoredMaps(SampleImages):
 
     Args:
         start: with the bodies cut, and the lower part cached.
+
+    The store stays open until `close`.
     """
 
     def __init__(self, start: Start) -> None:
@@ -153,6 +156,10 @@ class StoredMaps(SampleImages):
             (int(sample), str(view), int(ordinal)): key
             for sample, view, ordinal, key in binding.cells.select("sample", "view", "ordinal", "key").iter_rows()
         }
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
 
     def items(
         self, samples: Sequence[int] | NDArray[np.int64], *, epoch: int | None = None, workers: int = 1, ahead: int = 64

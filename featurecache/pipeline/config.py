@@ -19,6 +19,7 @@ from featurecache.config import (
     SplitConfig,
     TargetConfig,
 )
+from featurecache.data.shipped import shipped_recipes
 from featurecache.errors import InputError, MissingFileError, did_you_mean
 
 T = TypeVar("T")
@@ -247,23 +248,39 @@ def references(kind: str, stage: Any) -> Iterator[tuple[str, str, tuple[str, ...
             yield "runs", name, RUNS
 
 
+def find_pipeline(given: Path) -> Path:
+    """The file itself, or where there is none the shipped recipe of that name.
+
+    Raises:
+        MissingFileError: neither; it names the nearest recipe.
+    """
+    if given.is_file():
+        return given
+    recipes = shipped_recipes()
+    if given.parent == Path() and given.stem in recipes and given.suffix in ("", ".toml"):
+        return recipes[given.stem]
+    raise MissingFileError(
+        f"{given}: no such file, and no recipe of that name.{did_you_mean(given.stem, recipes)} "
+        f"Recipes: {', '.join(recipes) or 'none'}."
+    )
+
+
 def read_pipeline(path: Path, changes: Mapping[str, Any] | None = None, variant: str | None = None) -> PipelineConfig:
     """Read, change and check a pipeline file.
 
     Args:
-        path: of the TOML file.
+        path: of the TOML file, or the name of a shipped recipe.
         changes: dotted key -> value, as `--set` gives them: `extract.image_size`. Where a key leads through several
             stages of a kind, the next part is a stage's name, or all of them are meant.
         variant: a name of [variants]; its changes come first.
 
     Raises:
-        MissingFileError: there is no such file.
+        MissingFileError: there is no such file, and no recipe of that name.
         InputError: everything that is wrong with it, each with its key.
     """
+    path = find_pipeline(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise MissingFileError(f"{path}: no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     for section, key in BESIDE:

@@ -39,10 +39,12 @@ def write_reports(pipeline: Pipeline) -> Path:
 
 
 def lists(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
-    """What ablations say, and what a body with its own classifier saw."""
+    """What ablations say, what to know of compared runs, and what a body with its own classifier saw."""
     for step in pipeline.steps:
         if conclusions := step.figures.get("conclusions"):
             yield step.name, list(conclusions)
+        if step.kind == "compare" and (noted := [row for row in step.figures["runs"] if row.get("note")]):
+            yield step.name, [f"{row['run']}: {row['note']}" for row in noted]
         if step.kind == "classify":
             yield f"{step.stage.body}: {step.name}", [seen(row) for row in step.figures["images"]]
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ METHODS = ("gradcam", "occlusion", "gradient-shap", "guided-backprop")
 # sharper, but trees may not notice what goes until nearly all of a thing is gone.
 WINDOWS = (8, 4)
 AT_ONCE = 16  # perturbed images in one pass
+CPU = torch.device("cpu")
 SHAP_SAMPLES, SHAP_NOISE = 24, 0.09
 
 Images = Mapping[str, Tensor]
@@ -91,6 +93,8 @@ class Network:
         blocks: the columns that the head takes.
         module: the head.
         gradient: whether gradients go through the head.
+        device: where the bodies are; the head, which is small, stays on the CPU.
+        at_once: perturbed images in one pass.
     """
 
     setups: Mapping[str, ViewSetup]
@@ -98,12 +102,22 @@ class Network:
     blocks: tuple[Block, ...]
     module: nn.Module
     gradient: bool
+    device: torch.device
+    at_once: int
 
     @classmethod
-    def of(cls, setups: Mapping[str, ViewSetup], head: Head) -> Network:
+    def of(
+        cls,
+        setups: Mapping[str, ViewSetup],
+        head: Head,
+        *,
+        device: torch.device = CPU,
+        at_once: int = AT_ONCE,
+    ) -> Network:
         """Put bodies and head together; of each body only the taps that the head takes run.
 
-        Nothing in it computes in place any more, since Captum keeps what modules take and give.
+        The bodies are moved to the device. Nothing in it computes in place any more, since Captum keeps what modules
+        take and give.
         """
         chosen, bodies = {}, {}
         for view in views_of(head.blocks_):
@@ -111,12 +125,12 @@ class Network:
             taps = {tap.name: (tap, own) for tap, own in zip(setups[view].taps, setups[view].identities, strict=True)}
             kept = [taps[name] for name in names]
             chosen[view] = replace(setups[view], taps=tuple(t for t, _ in kept), identities=tuple(i for _, i in kept))
-            bodies[view] = chosen[view].tapped().eval()
+            bodies[view] = chosen[view].tapped().eval().to(device)
             for module in bodies[view].modules():
                 if getattr(module, "inplace", False) is True:
                     module.inplace = False  # type: ignore[assignment]
         module, gradient = head_module(head)
-        return cls(chosen, bodies, tuple(head.blocks_), module, gradient)
+        return cls(chosen, bodies, tuple(head.blocks_), module, gradient, device, at_once)
 
     def columns(self, view: str) -> slice:
         """The columns that a view fills."""
@@ -128,15 +142,15 @@ class Network:
         return [view for view in views if self.setups[view].reader.kind != "text"]
 
     def encode(self, view: str, x: Tensor) -> Tensor:
-        """(n, channels, height, width) -> (n, the view's columns)."""
-        return torch.cat([output.flatten(1).float() for output in self.bodies[view](x)], dim=1)
+        """(n, channels, height, width) on the device -> (n, the view's columns) on the CPU."""
+        return torch.cat([output.flatten(1).float() for output in self.bodies[view](x)], dim=1).cpu()
 
     def features(self, images: Images) -> Tensor:
         """(1, features) of a sample, NaN where it lacks a view; without gradients."""
         row = torch.full((1, self.blocks[-1].stop), float("nan"))
         with torch.no_grad():
             for view, image in images.items():
-                row[:, self.columns(view)] = self.encode(view, image[None])
+                row[:, self.columns(view)] = self.encode(view, image[None].to(self.device))
         return row
 
 
@@ -146,17 +160,18 @@ class ViewPart(nn.Module):
     def __init__(self, network: Network, view: str, features: Tensor) -> None:
         super().__init__()
         self.body, self.module, self.gradient = network.bodies[view], network.module, network.gradient
+        self.at_once = network.at_once
+        self._encode = partial(network.encode, view)
         self._columns = network.columns(view)
         self._features = features
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels, height, width) -> (n, outputs)."""
-        mine = torch.cat([output.flatten(1).float() for output in self.body(x)], dim=1)
+        """(n, channels, height, width) -> (n, outputs), where `x` is, as Captum has it."""
         row = self._features.expand(len(x), -1)
         outputs: Tensor = self.module(
-            torch.cat([row[:, : self._columns.start], mine, row[:, self._columns.stop :]], dim=1)
+            torch.cat([row[:, : self._columns.start], self._encode(x), row[:, self._columns.stop :]], dim=1)
         )
-        return outputs
+        return outputs.to(x.device)
 
 
 def check_method(method: str, *, gradient: bool) -> None:
@@ -200,8 +215,8 @@ def heat_maps(
     found = {}
     for view in network.pictured(images):
         image, part = images[view], ViewPart(network, view, features).eval()
-        with _quiet(seed):
-            heat = _METHODS[method](part, image[None].clone(), output, layer)
+        with _quiet(seed, network.device):
+            heat = _METHODS[method](part, image[None].to(network.device, copy=True), output, layer).cpu()
         heat = interpolate(heat.float(), size=image.shape[1:], mode="bilinear", align_corners=False)
         found[view] = heat.clamp(min=0)[0, 0].detach().numpy()
     return found
@@ -224,13 +239,13 @@ def _occlusion(part: ViewPart, x: Tensor, output: int, layer: str) -> Tensor:
 
     channels, *sides = x.shape[1:]
     hide, plain = Occlusion(part), _plain(x)
-    found = torch.zeros(1, 1, *sides)
+    found = torch.zeros(1, 1, *sides, device=x.device)
     for parts in WINDOWS:
         window = (channels, *(max(side // parts, 1) for side in sides))
         options: dict[str, Any] = {
             "strides": (channels, *(max(side // (2 * parts), 1) for side in sides)),
             "target": output,
-            "perturbations_per_eval": AT_ONCE,
+            "perturbations_per_eval": part.at_once,
         }
         with torch.no_grad():
             given: Tensor = hide.attribute(x, window, baselines=plain, **options)
@@ -281,11 +296,12 @@ def _smooth(heat: Tensor) -> Tensor:
 
 
 @contextmanager
-def _quiet(seed: int) -> Iterator[None]:
+def _quiet(seed: int, device: torch.device) -> Iterator[None]:
     """Captum draws from the global generators and warns of hooks that it sets; both end here."""
+    devices = [device] if device.type == "cuda" else []
     state = np.random.get_state()  # Captum's own generator
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="captum")
             torch.manual_seed(seed)
             np.random.seed(seed)

@@ -20,6 +20,10 @@ from featurecache.rundir.record import dump_json
 from featurecache.rundir.results import to_target
 
 SHOWN = 3  # samples named in a message
+CALIBRATED = "its calibration was fitted on these validation samples, which rank it too well"
+# What a temperature moves: probabilities, and among several classes the order of samples within one of them.
+MOVED = frozenset({"log_loss", "brier", "ece"})
+MOVED_OF_SEVERAL = MOVED | {"roc_auc", "average_precision"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Compared:
         difference: test metric less that of the run ranked first, on the same resamples of the groups; `low`, `high`
             its 95 % interval. None for the first itself.
         words: `better`, `worse`, `no gain shown`, or `the first`.
+        note: what to know of its rank, or empty.
     """
 
     rank: int
@@ -52,6 +57,7 @@ class Compared:
     low: float | None
     high: float | None
     words: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def compare_runs(
 ) -> Comparison:
     """Rank runs by a metric on their validation samples; differences on test to the one ranked first.
 
-    The test samples decide nothing here: which run comes first is settled on validation, then told apart on test.
+    The test samples decide nothing here: which run comes first is settled on validation, then told apart on test. A
+    calibration was fitted on those validation samples: a run whose metric it moves there is marked by a note.
 
     Args:
         runs: two or more, of the same target and fitted with the same split.
@@ -140,9 +147,18 @@ def compare_runs(
                 low=low,
                 high=high,
                 words=words,
+                note=CALIBRATED if _flattered(run, metric) else "",
             )
         )
     return Comparison(metric, len(target), len(np.unique(test[best].groups)), n_valid, n, tuple(rows))
+
+
+def _flattered(run: Run, metric: str) -> bool:
+    """Whether the metric on validation samples is better for a calibration that was fitted on them."""
+    method = (run.record.get("calibration") or {}).get("method")
+    if method == "temperature":
+        return metric in (MOVED_OF_SEVERAL if run.task == "multiclass" else MOVED)
+    return method is not None
 
 
 def _difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from featurecache.bodies.engines import resolve_device
 from featurecache.bodies.registry import RUN_PREFIX, load_body, load_run_body
 from featurecache.bodies.tapped import Tapped
 from featurecache.bodies.taps import resolve_taps
@@ -33,9 +35,9 @@ from featurecache.heads.base import Head
 from featurecache.joint.images import Failure, SampleImages
 from featurecache.joint.predict import load_joint
 from featurecache.newsamples import NewSamples, manifest_config
-from featurecache.predict import extract_config
+from featurecache.predict import extract_config, whole
 from featurecache.progress import Reporter, Silent
-from featurecache.reporting.attribution import Network, check_method, heat_maps
+from featurecache.reporting.attribution import AT_ONCE, Network, check_method, heat_maps
 from featurecache.reporting.heatdrawing import as_colour, draw_panels, draw_sample, grid
 from featurecache.run import Run
 from featurecache.rundir.results import make_predictions
@@ -133,11 +135,11 @@ def explain(
     """Draw where a model looks.
 
     Of several images of a view the first is drawn and counts; texts count, but are not drawn. Everything runs in torch,
-    in fp32.
+    in fp32; heads run on the CPU.
 
     Args:
         run: of fit-head or finetune-joint.
-        new: a manifest, or image files.
+        new: a manifest, or image files; its `batch_size` is how many perturbed images one pass of occlusion takes.
         method: see `featurecache.reporting.attribution.METHODS`.
         samples: ids, separated by commas, or how many, evenly from the manifest.
         output: class, label or target that is explained; default what the model says of each sample (multilabel: its
@@ -159,7 +161,8 @@ def explain(
     with tempfile.TemporaryDirectory(prefix="featurecache-") as scratch:
         config = manifest_config(run, new, Path(scratch))
         head, setups, notes = load_network(run, config, new, Path(scratch))
-        network = Network.of(setups, head)
+        device, at_once = resolve_device(new.device), whole(new.batch_size)
+        network = Network.of(setups, head, device=device, at_once=AT_ONCE if at_once == "auto" else at_once)
         check_method(method, gradient=network.gradient)
         if not network.pictured(network.setups):
             raise InputError(f"{run.path}: its views are texts, which have no heat map")
@@ -167,6 +170,7 @@ def explain(
         manifest = read_manifest(config)
         rows = choose_samples(manifest, samples)
         images = SampleImages(manifest, setups)
+        workers = (os.cpu_count() or 1) if (given := whole(new.workers)) == "auto" else given
         folder = run.path / FOLDER if out is None else Path(out)
         made = Path(scratch) / FOLDER
         made.mkdir()
@@ -174,9 +178,9 @@ def explain(
         failures: list[dict[str, str]] = []
         reporter.begin("explain", len(rows), "samples")
         try:
-            for number, row in enumerate(rows):
+            loaded = images.items(rows, workers=workers, ahead=workers)
+            for number, (row, found) in enumerate(zip(rows, loaded, strict=True)):
                 name = str(manifest.table["sample_id"][row])
-                found = images.load(row)
                 if isinstance(found, Failure):
                     failures.append({"sample_id": name, "view": found.view, "path": found.path, "error": found.error})
                 elif network.pictured(found.images):

@@ -156,7 +156,7 @@ def check_free(path: Path | None, overwrite: bool) -> None:
     if path is not None and (path.is_dir() or (path.exists() and not overwrite)):
         raise InputError(f"{path}: exists. Choose another name, or replace a file with --overwrite.")
     if path is not None and not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
+        raise InputError(f"{path.parent}: no such folder. Make it, or choose another.")
 
 
 def sampling_notes(dataset: FeatureDataset, rows: NDArray[np.int64], said: Said | None, seed: int) -> list[str]:

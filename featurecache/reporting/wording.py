@@ -55,6 +55,10 @@ RULES = {
     "default": "one half, since validation shows one side only",
 }
 CALIBRATIONS = {"temperature": "temperature scaling", "isotonic": "isotonic regression"}
+BOUND_REACHED = (
+    "The temperature stopped at an end of the range searched: the validation samples are too few, or too easy, to tell "
+    "how sure to be"
+)
 HEADS = {"fc": "FC", "decoder": "Decoder", "logistic": "Logistic", "xgboost": "XGBoost"}
 
 
@@ -135,7 +139,11 @@ def how_measured(record: Mapping[str, Any]) -> list[str]:
     if calibration := record.get("calibration"):
         method = str(calibration["method"])
         where = "each fold's validation samples" if record.get("cv") else "the validation samples"
-        found.append(f"Probabilities are calibrated by {CALIBRATIONS.get(method, method)}, fitted on {where} only.")
+        flattered = "" if record.get("cv") else ", whose own figures therefore say too much"
+        by = CALIBRATIONS.get(method, method)
+        found.append(f"Probabilities are calibrated by {by}, fitted on {where} only{flattered}.")
+        if calibration.get("bound_reached"):
+            found.append(f"{BOUND_REACHED}.")
     return found
 
 

@@ -11,7 +11,7 @@ from featurecache.bodies.weights import SUFFIXES
 from featurecache.config import AUTO, for_view
 from featurecache.data.readers import PLUGIN
 from featurecache.errors import InputError, MissingFileError, RunError
-from featurecache.store.recipe import Recipe
+from featurecache.store.recipe import Recipe, shortened
 
 # Fields of a recipe that say how features are computed and kept, not what they mean: `predict` accepts others.
 NUMERIC_FIELDS = ("engine", "precision", "storage_dtype")
@@ -91,8 +91,3 @@ def recipe_differences(then: Recipe, now: Recipe) -> tuple[str, str]:
     for name, old, new in then.differences(now):
         parts[name.partition(".")[0] in NUMERIC_FIELDS].append(f"{name} {shortened(old)} -> {shortened(new)}")
     return ", ".join(parts[False]), ", ".join(parts[True])
-
-
-def shortened(value: Any) -> str:
-    """A value of a recipe, of a digest its first digits."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)

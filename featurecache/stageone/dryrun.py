@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +31,11 @@ from featurecache.stageone.recognise import read_keys
 from featurecache.stageone.space import bytes_to_write
 from featurecache.stageone.viewsetup import check_options
 from featurecache.store.binding import Binding
+from featurecache.store.recipe import shortened
 from featurecache.store.store import FeatureStore
 
 SPLIT_COLUMN = "split"
 RETRY = "--retry-failed tries again"
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -255,14 +254,8 @@ def recipe_changes(job: Job, store: FeatureStore | None, previous: Binding | Non
         if store is None or bound is None or bound == job.recipe.id:
             continue
         differences = store.recipe(bound).recipe.differences(job.recipe)
-        changes[view] = ", ".join(f"{name} {short(old)} -> {short(new)}" for name, old, new in differences)
+        changes[view] = ", ".join(f"{name} {shortened(old)} -> {shortened(new)}" for name, old, new in differences)
     return changes
-
-
-def short(value: Any) -> str:
-    """A value of a recipe in a few characters: a digest by its first, anything else whole."""
-    text = "none" if value is None else str(value)
-    return f"{text[:12]}…" if DIGEST.fullmatch(text) else text
 
 
 def duplicates_across_splits(manifest: Manifest, keys: Mapping[int, bytes]) -> list[str]:

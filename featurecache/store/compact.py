@@ -117,7 +117,7 @@ def check_space(recipes: Sequence[RecipeInfo], target: Path) -> None:
     """
     parent = target.absolute().parent
     if not parent.is_dir():
-        raise InputError(f"{parent}: no such folder for --out")
+        raise InputError(f"{parent}: no such folder for --out. Make it, or choose another.")
     needed = sum(info.bytes for info in recipes)
     free = shutil.disk_usage(parent).free
     if needed > free:

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from featurecache.errors import LockedError
+from featurecache.errors import LockedError, StoreError
 from featurecache.store.files import storage_errors
 
 if sys.platform == "win32":
@@ -32,7 +32,7 @@ class WriterLock:
 
         Raises:
             LockedError: names the process that holds it.
-            StoreError: the disk refused.
+            StoreError: the disk refused, or the store can't be written.
         """
         self.path = path
         with _registry:
@@ -66,7 +66,14 @@ class WriterLock:
         else:
             if _held.get((status.st_dev, status.st_ino)) == os.getpid():
                 raise self._refused(os.getpid())
-        return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:  # a read-only medium, or a store of somebody else
+            raise StoreError(
+                f"{self.path.parent}: this store can't be written: {error.strerror or error} ({self.path.name}). "
+                "Commands that only read it work as before. To add to it, copy it to where you may write, or have "
+                "it made writable."
+            ) from error
 
     def _refused(self, pid: int) -> LockedError:
         who = "this process" if pid == os.getpid() else f"process {pid}" if pid else "another process"

@@ -17,6 +17,7 @@ from featurecache.store.files import (
     move,
     publish,
     step,
+    storage_errors,
     sync_directory,
     trash,
     write_file,
@@ -76,7 +77,8 @@ def require_store(paths: StorePaths) -> None:
 def prepare_directory(paths: StorePaths) -> None:
     """Make the directory where a store is to be created; a directory that holds something else is refused as above."""
     if not paths.root.exists():
-        paths.root.mkdir(parents=True, exist_ok=True)
+        with storage_errors(f"{paths.root}: creating the store failed"):
+            paths.root.mkdir(parents=True, exist_ok=True)
     if paths.root.is_dir() and _unfinished(paths):
         return
     require_store(paths)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import numbers
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,6 +21,7 @@ from featurecache.errors import InputError
 
 SCHEMA = 1
 KEY_BYTES = 32
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _LARGEST_INTEGER = 2**53 - 1  # beyond it a JSON number is not exact (RFC 7493)
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType({})
@@ -252,3 +254,10 @@ def _leaves(value: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, path)
         else:
             yield path, item
+
+
+def shortened(value: Any) -> str:
+    """A value of a recipe for a message: of a digest its first digits, anything else whole."""
+    if value is None:
+        return "none"
+    return f"{value[:12]}..." if isinstance(value, str) and _DIGEST.fullmatch(value) else repr(value)

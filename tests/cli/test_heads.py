@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from stage_two import FAST, LABELS, TARGETS, command, hashes, installed, quick, read_table, write_store, write_table
 
+from featurecache.api import load_run
 from featurecache.cli.heads import flat_metrics, metric_line
 from featurecache.dataset import FeatureDataset
-from featurecache.fit import load_head_run
 from featurecache.rundir.results import metrics_from_predictions
 
 
@@ -34,7 +34,7 @@ def fit(store, out, *words, target="label", head="logistic", status=0):
 @pytest.mark.parametrize("head", FAST)
 def test_every_head_learns_every_task(store, tmp_path, head, task):
     done = fit(store, tmp_path / "run", target=TARGETS[task], head=head)
-    run = load_head_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     assert done.json["task"] == run.task == task
     assert done.json["outputs"] == [str(tmp_path / "run")]
     assert run.metrics == metrics_from_predictions(run.path), "metrics.json follows from predictions.csv"
@@ -46,7 +46,7 @@ def test_every_head_learns_every_task(store, tmp_path, head, task):
     assert figures["intervals"]["r2" if task == "regression" else "roc_auc"][0] <= done.json["test_n"]
     dataset = FeatureDataset(store, dataset="m")
     scores = run.predict_proba(dataset)
-    again = load_head_run(run.path).predict_proba(FeatureDataset(store, dataset="m", memory=0))
+    again = load_run(run.path).predict_proba(FeatureDataset(store, dataset="m", memory=0))
     assert scores.tobytes() == again.tobytes(), "a loaded head predicts bitwise the same"
     written = [[row[name] for name in row if name.startswith("p:")] for row in read_table(run.path / "predictions.csv")]
     if task != "regression":
@@ -61,7 +61,7 @@ def test_forty_labels_of_which_some_are_unknown(store, tmp_path, head):
     done = fit(store, tmp_path / "run", *words, target=",".join(f"l{k}" for k in range(LABELS)), head=head)
     assert done.json["task"] == "multilabel"
     assert done.json["skipped"] == [f"l{LABELS - 1}"]
-    run = load_head_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     rows = read_table(run.path / "predictions.csv")
     assert len([name for name in rows[0] if name.startswith("p:")]) == LABELS
     unknown = sum(row["target:l3"] == "" for row in rows)

@@ -52,7 +52,7 @@ def test_multiclass_and_where_numbers_become_a_quantity():
     assert target(list(range(21))).task == "regression"
     assert target([1.0, 2.0, 3.0, 3.0]).task == "multiclass"
     assert target([1.5, 2.0, 3.0]).task == "regression"
-    assert target([str(i) for i in range(30)] + ["x", "x"]).task == "multiclass"
+    assert target([str(i) for i in range(30)] * 3 + ["x"]).task == "multiclass"
     assert target([*range(21), 20], task="multiclass").values.tolist() == [*range(21), 20]
 
 
@@ -140,6 +140,21 @@ def test_as_many_classes_as_samples():
     )
     assert target(["a", "b"]).task == "binary"
     assert target(["a", "b", "c"], classes=("a", "b", "c", "d")).task == "multiclass"
+
+
+def test_a_class_for_every_two_samples():
+    ids = [f"p{i // 2}" for i in range(42)]
+    assert refusal(ids) == (
+        "column 'y' has 21 classes for 42 samples: 'p0', 'p1', 'p10', 'p11', 'p12' and 16 more. Ids and free text "
+        "can't be learned: a class needs several samples. Give another --target, or --task multiclass if these are "
+        "classes."
+    )
+    assert "21 classes for 40 samples" in refusal([*ids[1:-1], None])
+    assert target(ids, task="multiclass").task == "multiclass"
+    assert len(target([*ids, "p0"]).classes) == 21  # more than two samples for a class
+    assert len(target(ids[:40]).classes) == 20  # few-shot data is small
+    assert target(ids, classes=[f"p{i}" for i in range(30)]).task == "multiclass"
+    assert target([i // 2 for i in range(42)]).task == "regression"
 
 
 def test_given_classes():

@@ -58,6 +58,40 @@ def test_new_samples_are_calibrated_better(task, method):
     np.testing.assert_array_equal(again.apply(fresh_said, exclusive=exclusive), put_right)
 
 
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_temperature_keeps_the_order_of_extreme_scores(task):
+    target, said, _ = overconfident(task)
+    found = fit_calibration(target, said, "temperature")
+    p = np.unique(1 / (1 + np.exp(-np.linspace(-36, 36, 721))))  # those that float64 tells apart
+    assert p[0] < 1e-15
+    assert p[-1] > 1 - 1e-15
+    cooled = found.apply(np.stack([1 - p, p], axis=1), exclusive=task == "binary")[:, 1]
+    assert (np.diff(cooled) > 0).all()
+    logits = (np.log(p) - np.log1p(-p)) / found.parameters[-1]
+    np.testing.assert_allclose(np.log(cooled) - np.log1p(-cooled), logits, atol=1e-8)
+    at_the_ends = found.apply(np.array([[1.0, 0.0], [0.0, 1.0]]), exclusive=task == "binary")
+    assert np.isfinite(at_the_ends).all()
+    assert at_the_ends[0, 1] <= cooled[0]
+    assert at_the_ends[1, 1] >= cooled[-1]
+
+
+def test_a_temperature_at_an_end_of_its_range_is_told():
+    labels = np.arange(40) % 2
+    target = Target("binary", ("y",), ("no", "yes"), labels)
+    for right, end in ((0.51, -4), (0.7, -4), (1.0, -4), (0.3, 4)):  # nothing mistaken, and nothing right
+        p = np.where(labels == 1, right, 1 - right)
+        found = fit_calibration(target, np.stack([1 - p, p], axis=1), "temperature")
+        assert found.parameters[0] == np.exp(end)
+        assert found.to_json()["bound_reached"] is True
+        again = Calibration.from_json(json.loads(json.dumps(found.to_json())))
+        assert again.bound_reached
+    target, said, _ = overconfident("binary")
+    for method in ("temperature", "isotonic"):
+        assert fit_calibration(target, said, method).to_json()["bound_reached"] is False
+    alike = fit_calibration(target, np.full(said.shape, 0.5), "temperature")
+    assert (alike.parameters, alike.bound_reached) == ((None,), False)
+
+
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
 def test_one_side_only_leaves_probabilities_as_they_are(method):
     target = Target("binary", ("y",), ("no", "yes"), np.ones(6, dtype=np.int64))

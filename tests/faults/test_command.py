@@ -50,6 +50,19 @@ def test_a_deleted_chunk(extracted, capsys):
     assert main(*words, capsys=capsys)[0] == 0
 
 
+def test_a_store_that_can_not_be_written(extracted, capsys):
+    manifest, store = extracted
+    (store / "lock").unlink()
+    (store / "lock").mkdir()  # what stops root, too
+    words = ("extract", manifest, "--store", store, "--view", "image=image", "--body", "plugin_extract:steady")
+    status, _, err = main(*words, capsys=capsys)
+    assert status == 1
+    assert err.startswith(f"Error: {store}: this store can't be written: ")
+    assert "Commands that only read it work as before. To add to it, " in err
+    assert main("verify", store, capsys=capsys)[0] == 0
+    assert len(features(store)) == 20
+
+
 @pytest.mark.parametrize("state", ["lost", "old", "damaged"])
 def test_an_index_that_is_lost_old_or_damaged(extracted, capsys, state):
     manifest, store = extracted

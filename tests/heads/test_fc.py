@@ -7,21 +7,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from featurecache.data.targets import Target
-from featurecache.errors import FeatureCacheError, InputError, RunError
+from featurecache.errors import InputError, RunError
 from featurecache.features.features import ArrayFeatures, Block
 from featurecache.fusion import Concat
 from featurecache.heads.base import Fold, load_head
 from featurecache.heads.contract import ChunkedFeatures
-from featurecache.heads.fc import (
-    FCHead,
-    FCModule,
-    FCSettings,
-    PresentBatchNorm,
-    batch_bounds,
-    build_fc,
-    hide_views,
-    one_cycle,
-)
+from featurecache.heads.epochs import batch_bounds
+from featurecache.heads.fc import FCHead, FCModule, FCSettings, PresentBatchNorm, build_fc, hide_views
 from featurecache.heads.fcmodule import MapPool, mix_rows
 from featurecache.heads.losses import HeadLoss, positive_weights, target_tensor
 from featurecache.heads.rows import FeatureRows, StreamRows, TensorRows, open_rows
@@ -147,13 +139,6 @@ def test_indicators_are_trained_where_views_are_missing_or_hidden(problem, fast)
     assert np.mean((head.scores(x)[:, 1] > 0.5) == truth) >= np.mean((without > 0.5) == truth) - 0.1
 
 
-@pytest.mark.parametrize(("n", "size", "expected"), [
-    (10, 4, [(0, 4), (4, 8), (8, 10)]), (9, 4, [(0, 4), (4, 9)]), (3, 2, [(0, 3)]), (2, 64, [(0, 2)]),
-])  # fmt: skip
-def test_no_batch_of_one_row(n, size, expected):
-    assert batch_bounds(n, size) == expected
-
-
 @pytest.mark.parametrize("n", [2, 3, 33, 65])
 def test_any_number_of_rows_trains(problem, n):
     data = problem("binary")
@@ -161,22 +146,6 @@ def test_any_number_of_rows_trains(problem, n):
     values[:n] = np.arange(n) % 2
     head = FCHead({"epochs": 2, "hidden": (4,), "batch_size": 32}).fit(data.with_values(values).fold(0, n))
     assert np.isfinite(head.scores(data.x)).all()
-
-
-def test_a_single_row_does_not(problem):
-    data = problem("regression", labels=1)
-    with pytest.raises(InputError, match="head 'fc' needs at least 2 training rows, got 1"):
-        FCHead().fit(data.fold(0, 1))
-
-
-def test_one_cycle():
-    rates = [one_cycle(step, 100, 1.0) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / 25)
-    assert max(rates) == rates[25] == pytest.approx(1)
-    assert rates[-1] == pytest.approx(1e-5)
-    assert all(np.diff(rates[:26]) > 0)
-    assert all(np.diff(rates[25:]) < 0)
-    assert one_cycle(0, 1, 0.5) > 0
 
 
 def test_the_best_epoch_is_restored(problem):
@@ -210,20 +179,6 @@ def test_defaults_learn_a_linear_regression_of_few_rows(seed):
     truth = y[test.rows]
     residual = truth - head.scores(x[test.rows])[:, 0]
     assert 1 - (residual**2).sum() / ((truth - truth.mean()) ** 2).sum() > 0.7
-
-
-def test_patience_is_counted_from_the_end_of_the_warm_up(monkeypatch):
-    (train, valid, _), _, _ = linear(60, 3, 0)
-
-    def stops(settings, losses):
-        rows = iter(losses)
-        monkeypatch.setattr("featurecache.heads.fc._mean_loss", lambda *_: next(rows))
-        head = FCHead({"hidden": (2,)} | settings).fit(train, valid)
-        return len(head.history_), head.fitted_["epoch"]
-
-    assert stops({}, range(30)) == (8 + 8, 1)
-    assert stops({"patience": 2}, [5, 6, 6, 6, 6, 6, 6, 6, 6, 4, 7, 7, 7]) == (12, 10)
-    assert stops({"patience": 2, "epochs": 5}, range(5)) == (4, 1)
 
 
 def test_every_way_to_read_trains_the_same_head(problem, fast):
@@ -384,12 +339,6 @@ def test_regression_is_in_the_unit_of_the_target(problem, fast):
     assert 80 < first.predict(data.x).mean() < 120
     np.testing.assert_allclose(second.predict(data.x), first.predict(data.x) * 1000 - 5, rtol=1e-3)
     assert first.history_[-1]["valid_loss"] == pytest.approx(second.history_[-1]["valid_loss"], rel=1e-3)
-
-
-def test_a_loss_that_is_not_finite(problem):
-    data = problem("regression")
-    with pytest.raises(FeatureCacheError, match=r"head 'fc': the loss is not finite in epoch \d+. Lower lr"):
-        FCHead({"lr": 1e30, "batch_norm": False, "weight_decay": 0}).fit(data.train, data.valid)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

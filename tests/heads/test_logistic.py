@@ -2,13 +2,16 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
+from featurecache.data.targets import Target
 from featurecache.errors import InputError, RunError
 from featurecache.features import features as features_module
-from featurecache.features.features import ArrayFeatures
+from featurecache.features.features import ArrayFeatures, Block
 from featurecache.heads.base import Fold, load_head
 from featurecache.heads.lbfgs import minimise_together
 from featurecache.heads.linear_stream import Streamed
@@ -55,6 +58,26 @@ def test_is_the_optimum_of_scikit_learn(problem, task, c, class_weight, memory):
 
     ours = objective(head.arrays["coef"], head.arrays["intercept"])
     assert ours == pytest.approx(objective(model.coef_, model.intercept_), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Of a few people's digits, features and classes; C -> probabilities where the objective is lowest."""
+    x, y = load_digits(return_X_y=True)
+    with threadpool_limits(1):
+        best = {c: reference(x[:300], y[:300], c=c).predict_proba(x) for c in (1.0, 100.0)}
+    return x.astype(np.float32), y, best
+
+
+@in_ram_and_streamed
+@pytest.mark.parametrize(("c", "atol"), [(1.0, 1e-4), (100.0, 1e-3)])  # 3e-4 and 4e-2 with tol = 1e-6
+def test_the_default_tolerance_is_close_enough_on_correlated_features(digits, c, atol, memory):
+    x, y, best = digits
+    features = ArrayFeatures(x, [Block("a", "t@none", 0, 64, (64,))])
+    target = Target("multiclass", ("digit",), tuple("0123456789"), y[:300])
+    head = LogisticHead({"C": c}, memory=memory).fit(Fold(features, np.arange(300), target))
+    assert head.fitted_["streamed"] == (memory == 0)
+    np.testing.assert_allclose(head.scores(x), best[c], atol=atol)
 
 
 @in_ram_and_streamed
@@ -191,6 +214,14 @@ def test_c_is_chosen_on_validation(problem, task):
     np.testing.assert_allclose(head.scores(data.x), direct.scores(data.x), rtol=1e-3, atol=1e-4)
     with pytest.raises(InputError, match="C=auto is chosen on validation rows, and there are none"):
         LogisticHead({"C": "auto"}).fit(data.train)
+
+
+@in_ram_and_streamed
+def test_few_samples_of_a_class_are_no_warning(problem, memory):
+    data = problem("binary")
+    target = Target("multiclass", ("y",), tuple(f"{i:03}" for i in range(100)), np.arange(140) % 100)
+    head = LogisticHead({"max_iter": 5}, memory=memory).fit(Fold(data.features, data.train.rows, target))
+    assert len(head.outputs) == 100
 
 
 @in_ram_and_streamed

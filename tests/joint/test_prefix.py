@@ -1,4 +1,5 @@
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -42,7 +43,11 @@ def folder(tmp_path_factory):
     manifest = write_samples(folder, 48, seed=1, missing=0.2)
     (folder / "images" / "004-a0.png").write_bytes(b"not an image")
     finetune_joint(config(folder, out=folder / "whole", epochs=0))
-    finetune_joint(config(folder, out=folder / "upper", store=folder / "store", **CUT))
+    closed, close = [], StoredMaps.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredMaps, "close", lambda maps: close(maps) or closed.append(maps))
+        finetune_joint(config(folder, out=folder / "upper", store=folder / "store", **CUT))
+    assert len(closed) == 1, "training lets go of the store"
     assert manifest == folder / "samples.csv"
     return folder
 
@@ -117,6 +122,7 @@ def test_replicas_stand_for_augmentation_alike_in_all_views(folder):
     assert 0 < sum(same[0]) < 0.6 * len(samples)
     assert torch.equal(maps.batch(samples[::-1].copy(), 1).images["b"], drawn.images["b"].flip(0))
     assert not torch.equal(maps.batch(samples, 2).images["a"], drawn.images["a"])
+    maps.close()
     with pytest.raises(InputError, match="--replicas: without --augment they would all be the plain image"):
         cache_lower_part(prepare(config(folder, **drawing)), Silent())
     with pytest.raises(InputError, match="--replicas: they are augmented alike in all views"):
@@ -144,7 +150,8 @@ def test_it_says_where_reading_is_slower_than_computing_and_what_learns(folder, 
     monkeypatch.setattr(prefix, "free_memory", lambda: 0)  # so that the maps come from the disk,
     monkeypatch.setattr(prefix, "READ_RATE", 1e3)  # a slow one
     said = Notes()
-    compare_speed(start, StoredMaps(start), said)
+    with closing(StoredMaps(start)) as maps:
+        compare_speed(start, maps, said)
     assert [note.split(":")[0] for note in said.notes] == ["a", "b"]
     assert "takes longer" in said.notes[0]
     assert "than computing it" in said.notes[0]
@@ -152,7 +159,8 @@ def test_it_says_where_reading_is_slower_than_computing_and_what_learns(folder, 
     times = iter((1.0, 2.0, 1.0, 2.0))  # reading, computing
     monkeypatch.setattr(prefix, "_seconds", lambda work: next(times))
     said = Notes()
-    compare_speed(start, StoredMaps(start), said)
+    with closing(StoredMaps(start)) as maps:
+        compare_speed(start, maps, said)
     assert said.notes == []
 
 

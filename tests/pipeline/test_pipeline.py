@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ name = "left-alone"
 head = "logistic"
 views = ["left"]
 bootstrap = 20
+calibrate = "isotonic"
 
 [compare]
 bootstrap = 20
@@ -153,6 +155,7 @@ def test_the_command_tells_what_it_did(study, capsys):
     page = (study / "out" / "study" / "report.html").read_text(encoding="utf-8")
     assert "Two views" in page
     assert 'href="runs/left-alone/report.html"' in page
+    assert "left-alone: its calibration was fitted on these validation samples" in page
     run = load_run(study / "out" / "study" / "runs" / "logistic")
     assert run.record["head"]["settings"]["C"] == 0.001
     summary = json.loads((study / "out" / "study" / "summary.json").read_text(encoding="utf-8"))
@@ -184,7 +187,7 @@ def test_what_is_wrong_is_named_with_file_and_key(study, changes, message):
 
 
 def test_files_that_are_none_and_stages_in_a_circle(tmp_path):
-    with pytest.raises(MissingFileError, match="no such file"):
+    with pytest.raises(MissingFileError, match=r"no such file, and no recipe of that name\."):
         read_pipeline(tmp_path / "none.toml")
     file = tmp_path / "p.toml"
     file.write_text("title = ", encoding="utf-8")
@@ -249,3 +252,15 @@ def test_init_writes_a_pipeline_that_is_valid(tmp_path, capsys):
     status, _, err = main("pipeline", tmp_path / "study" / "pipeline.toml", "--dry-run", capsys=capsys)
     assert status == 2
     assert "images/s1-front.jpg is missing" in err
+
+
+def test_a_recipe_that_comes_along_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_pipeline(Path("joint")) == read_pipeline(Path("joint.toml"))
+    with pytest.raises(MissingFileError, match=r"joimt: no such file.* Did you mean 'joint'\? Recipes: bitmoji-like, "):
+        read_pipeline(Path("joimt"))
+    with pytest.raises(MissingFileError, match="no such file"):  # a path is a path
+        read_pipeline(Path("elsewhere/joint.toml"))
+    Path("joint").write_text("unknown = 1")
+    with pytest.raises(InputError, match="unknown"):  # a file goes before a recipe
+        read_pipeline(Path("joint"))

@@ -63,6 +63,43 @@ def test_a_metric_where_low_is_good_ranks_the_lowest_first(runs):
     assert worst.words == ("worse" if worst.low > 0 else "better" if worst.high < 0 else "no gain shown")
 
 
+def test_a_run_that_was_calibrated_on_the_rows_that_rank_it_is_marked(runs, tmp_path):
+    dataset = FeatureDataset(runs / "store", dataset="m", target="kind", views=["a"])
+    with quick():
+        fit_head(dataset, head="logistic", out=tmp_path / "isotonic", bootstrap=0, calibrate="isotonic")
+        fitted = command(
+            "fit-head", runs / "store", "--dataset", "m", "--target", "kind", "--views", "a", "--head", "logistic",
+            "--set", "C=1e-8", "--calibrate", "temperature", "--bootstrap", "0", "--out", tmp_path / "temperature",
+        )  # fmt: skip
+    assert "note      the temperature stopped at an end of the range searched: " in fitted.out  # all near 1/3 before
+    paths = [runs / "a", tmp_path / "isotonic", tmp_path / "temperature"]
+    opened = [load_run(path) for path in paths]
+    for metric, marked in (
+        ("accuracy", {"isotonic"}), ("roc_auc", {"isotonic", "temperature"}), ("log_loss", {"isotonic", "temperature"})
+    ):  # fmt: skip
+        found = compare_runs(opened, names=["a", "isotonic", "temperature"], metric=metric, n=5)
+        assert {row.run for row in found.runs if row.note} == marked
+    # It is too good there indeed.
+    assert opened[1].metrics["valid"]["log_loss"] < opened[0].metrics["valid"]["log_loss"]
+    lines = command("compare", *paths, "--bootstrap", "5").out.splitlines()
+    assert [line.endswith("(its calibration was fitted on these validation samples, which rank it too well)")
+            for line in lines[1:4]] == ["isotonic" in line for line in lines[1:4]]  # fmt: skip
+
+
+def test_a_temperature_does_not_mark_the_order_of_two_classes(runs, tmp_path):
+    dataset = FeatureDataset(runs / "store", dataset="m", target="label")
+    with quick():
+        plain, cooled = (
+            fit_head(dataset, head="logistic", out=tmp_path / str(method), bootstrap=0, calibrate=method)
+            for method in (None, "temperature")
+        )
+    for metric, marked in (("roc_auc", False), ("balanced_accuracy", False), ("brier", True), ("ece", True)):
+        if not marked:
+            assert cooled.metrics["valid"][metric] == pytest.approx(plain.metrics["valid"][metric], abs=1e-9)
+        found = compare_runs([plain, cooled], names=["plain", "cooled"], metric=metric, n=5)
+        assert [row.run for row in found.runs if row.note] == ["cooled"] * marked
+
+
 def test_other_splits_other_targets_and_a_single_run_are_refused(runs, tmp_path):
     both = load_run(runs / "both")
     with pytest.raises(InputError, match=r"other: \d+ of its test samples are not those of both: s\d+"):

@@ -347,6 +347,47 @@ def test_command_writes_into_the_run_and_leaves_it_whole(home):
     assert sorted(path.suffix for path in (home / "logistic/explain").iterdir()) == [".json", ".png", ".png"]
 
 
+def test_options_of_where_and_how_it_runs(home, tmp_path):
+    words = ["explain", home / "logistic", home / "data/patches.csv", "--samples", "s01"]
+    words += ["--trust-factory", "plugin_joint:tiny", "--out", tmp_path / "heat"]
+    done = command(*words, "--device", "cpu", "--workers", 2, "--batch-size", 4)
+    assert done.status == 0, done.err
+    for option, message in (
+        (["--device", "cuda:99"], "device 'cuda:99': there is none on this machine"),
+        (["--batch-size", "none"], "batch_size: Input should be a valid integer"),
+        (["--workers", 0], "'0': a number above 0, or auto"),
+    ):
+        done = command(*words, *option)
+        assert done.status == 2
+        assert message in done.err
+
+
+def test_how_many_images_go_at_once_changes_no_map(home, tmp_path):
+    network, _ = network_of(home, "logistic", tmp_path)
+    image = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    handle = network.bodies["a"].register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
+    many = heat_maps(network, {"a": image}, 1, "occlusion")["a"]
+    assert max(sizes) == attribution.AT_ONCE
+    sizes.clear()
+    few = heat_maps(replace(network, at_once=3), {"a": image}, 1, "occlusion")["a"]
+    handle.remove()
+    assert max(sizes) == 3
+    np.testing.assert_allclose(few, many, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_of_a_gpu_are_those_of_the_cpu(home, tmp_path, method):
+    head = "fc" if method == "guided-backprop" else "logistic"
+    for device in ("cpu", "cuda"):
+        made = explain(
+            load_run(home / head), replace(new(home), device=device), method=method, samples="s01", output="patch",
+            out=tmp_path / device,
+        )  # fmt: skip
+        assert made.samples[0]["hottest"]["view"] == "a"
+
+
 def test_feature_maps(home, tmp_path):
     image = home / "data/images/1-a.png"
     found = show_features(image, tmp_path / "maps.png", body="plugin_joint:tiny", tap="features.3", most=5)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from featurecache.errors import LockedError
+from featurecache.errors import LockedError, StoreError
 from featurecache.store.files import file_system, has_change_time, is_network
 from featurecache.store.lock import WriterLock
 from featurecache.store.store import FeatureStore
@@ -82,6 +82,24 @@ def test_a_store_that_failed_to_open_gives_the_lock_back(filled):
     for _ in range(2):
         with pytest.raises(Exception, match="missing or damaged"):
             FeatureStore(filled.path, write=True)
+
+
+def test_a_store_that_can_not_be_written_says_so_and_is_read_as_before(filled, kit):
+    filled.paths.lock.unlink(missing_ok=True)
+    filled.paths.lock.mkdir()  # what stops root, too
+    with pytest.raises(
+        StoreError, match=r"store: this store can't be written: .* \(lock\)\. Commands that only read it"
+    ):
+        FeatureStore(filled.path, write=True)
+    filled.check()
+    filled.paths.lock.rmdir()
+    FeatureStore(filled.path, write=True).close()
+
+
+def test_a_store_where_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file/store: creating the store failed: Not a directory"):
+        FeatureStore(tmp_path / "file" / "store", write=True)
 
 
 def test_file_systems(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from featurecache.errors import InputError
 from featurecache.store import recipe as module
-from featurecache.store.recipe import Recipe, canonical_json, content_key
+from featurecache.store.recipe import Recipe, canonical_json, content_key, shortened
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 FLOAT = st.floats(allow_nan=False, allow_infinity=False)
@@ -194,3 +194,11 @@ def test_recipes_that_make_no_sense_are_refused(fields, taps, message):
 def test_from_json_needs_taps():
     with pytest.raises(InputError, match="no list of taps"):
         Recipe.from_json({"schema": 1})
+
+
+def test_values_in_messages():
+    assert shortened("a" * 64) == "aaaaaaaaaaaa..."
+    assert shortened("z" * 64) == repr("z" * 64)
+    assert shortened([0.485, 0.456, 0.406]) == "[0.485, 0.456, 0.406]"
+    assert shortened("cpu") == "'cpu'"
+    assert shortened(None) == "none"
