@@ -126,5 +126,5 @@ def test_a_search_and_heat_maps(tmp_path, monkeypatch):
     out = tmp_path / "run"
     run = fc.tune("cache", dataset="samples", target="label", trials=2, out=out, images="none", bootstrap=0)
     assert (run.path / "trials.csv").is_file()
-    made = fc.explain(run, "samples.csv", method="occlusion", samples=1, trust_factory=("plugin_joint:tiny",))
+    made = fc.explain(run, "samples.csv", method="occlusion", samples=1, body={"trust_factory": ["plugin_joint:tiny"]})
     assert len(made.samples) == 1

@@ -126,7 +126,7 @@ def test_the_command(folder, tmp_path):
     assert again.status == 2
     assert "already holds an ablation" in again.err
     file = command(*words, "--out", tmp_path / "out/ablation.json", "--overwrite")
-    assert "a file; --out is a folder" in file.err
+    assert "a file, but --out is a folder" in file.err
     wrong = command(*words, "--set", "depth=3")
     assert wrong.status == 2
     assert "depth" in wrong.err
