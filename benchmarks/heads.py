@@ -1,9 +1,10 @@
 """Heads against the bare libraries on arrays in RAM: epochs of fc, time and memory of xgboost, logistic's optimum.
 
 Makes a store of made-up features in a folder (kept for the next time) and prints JSON. Each fit of xgboost runs in a
-process of its own, whose peak is taken without what was resident before. `--full` takes 100,000 samples and 20 rounds,
-and a quarter of an hour on two cores. `--bodies` also runs a body over images, by this package's engine
-and by the loop that everybody writes (see ceiling.py), and compares an epoch through two views of it with one of fc.
+process of its own, whose peak is taken without what was resident before; it has 20 rounds, since no training that
+waits for 20 without a gain is shorter. `--full` takes 100,000 samples, and a quarter of an hour on two cores.
+`--bodies` also runs a body over images, by this package's engine and by the hand-written loop (see ceiling.py), and
+compares an epoch through two views of it with one of fc.
 
     python benchmarks/heads.py --folder /tmp/features --bodies densenet121
 """
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="100,000 samples; 20 rounds and 256 bins of xgboost")
     parser.add_argument("--samples", type=int, default=40_000)
     parser.add_argument("--width", type=int, default=1024, help="of each of the two views")
-    parser.add_argument("--rounds", type=int, help="of xgboost; default 8")
+    parser.add_argument("--rounds", type=int, default=20, help="of xgboost; default 20")
     parser.add_argument(
         "--max-bin", type=int, help="of xgboost; default 64: with few samples its histograms outweigh the rows"
     )
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("--bodies", metavar="MODEL", help="of torchvision, to compare with fc")
     options = parser.parse_args()
     samples = 100_000 if options.full else options.samples
-    rounds, bins = options.rounds or (20 if options.full else 8), options.max_bin or (256 if options.full else 64)
+    bins = options.max_bin or (256 if options.full else 64)
     path = make_store(options.folder, samples, options.width)
     found: dict[str, float] = {}
     if options.only in (None, "fc"):
@@ -228,7 +229,7 @@ def main() -> None:
         if options.bodies:
             found |= bodies(options.bodies, found["seconds_fc_sample"])
     if options.only in (None, "xgboost"):
-        found |= xgboost(path, rounds, bins)
+        found |= xgboost(path, options.rounds, bins)
     if options.only in (None, "logistic"):
         found |= logistic(path, min(samples, 10_000 if options.full else 4_000))
     found["load_average"] = os.getloadavg()[0]

@@ -38,7 +38,7 @@ BLOCK = 30  # digits that stay together: they come in the order in which people 
 FIELDS = (
     "test_accuracy", "test_log_loss", "best_epoch", "seconds_epoch", "seconds", "seconds_processor",
 )  # fmt: skip
-RATES = (1e-4, 3e-4, 1e-3)  # of the head: the first is the default of a warm start; of the bodies a tenth of it to all
+RATES = (1e-4, 3e-4, 1e-3)  # of the head: the second is the default of a warm start; of the bodies a tenth of it to all
 EPOCHS = 6
 SETS: Mapping[str, Mapping[str, Any]] = {
     "emoji": {"views": ("google", "twitter"), "target": "category", "augment": (("flip",), ("crop", "flip"))},

@@ -8,15 +8,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featurecache.api import evaluate, extract, finetune_joint, fit_head, load_run, predict, tune
+    from featurecache.api import evaluate, extract, finetune_joint, fit_head, load_run, plan_extract, predict, tune
+    from featurecache.bodies.names import list_bodies
+    from featurecache.bodies.shown import show_body
+    from featurecache.care import compact, doctor, forget, info, prune, rm, verify
     from featurecache.dataset import FeatureDataset
+    from featurecache.demo import run_demo
     from featurecache.errors import FeatureCacheError
-    from featurecache.looking import ablate, compare, explain, explore, export, report
+    from featurecache.looking import ablate, compare, explain, explore, export, report, show_features
+    from featurecache.pipeline.call import run_pipeline
     from featurecache.run import Run
     from featurecache.store.store import FeatureStore
 
 _PLACES = {
     "extract": "featurecache.api",
+    "plan_extract": "featurecache.api",
     "fit_head": "featurecache.api",
     "finetune_joint": "featurecache.api",
     "tune": "featurecache.api",
@@ -28,6 +34,18 @@ _PLACES = {
     "explain": "featurecache.looking",
     "explore": "featurecache.looking",
     "export": "featurecache.looking",
+    "show_features": "featurecache.looking",
+    "info": "featurecache.care",
+    "verify": "featurecache.care",
+    "prune": "featurecache.care",
+    "rm": "featurecache.care",
+    "forget": "featurecache.care",
+    "compact": "featurecache.care",
+    "doctor": "featurecache.care",
+    "list_bodies": "featurecache.bodies.names",
+    "show_body": "featurecache.bodies.shown",
+    "run_pipeline": "featurecache.pipeline.call",
+    "run_demo": "featurecache.demo",
     "FeatureDataset": "featurecache.dataset",
     "FeatureCacheError": "featurecache.errors",
     "FeatureStore": "featurecache.store.store",
@@ -41,7 +59,9 @@ __all__ = [
     "FeatureStore",
     "Run",
     "ablate",
+    "compact",
     "compare",
+    "doctor",
     "evaluate",
     "explain",
     "explore",
@@ -49,10 +69,21 @@ __all__ = [
     "extract",
     "finetune_joint",
     "fit_head",
+    "forget",
+    "info",
+    "list_bodies",
     "load_run",
+    "plan_extract",
     "predict",
+    "prune",
     "report",
+    "rm",
+    "run_demo",
+    "run_pipeline",
+    "show_body",
+    "show_features",
     "tune",
+    "verify",
 ]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+from featurecache.calls import also, call_text, journaled
 from featurecache.config import ExtractConfig, FitConfig, HeadConfig, JointConfig
 from featurecache.crossval import fit_dataset
 from featurecache.dataset import FeatureDataset
@@ -24,11 +26,14 @@ from featurecache.progress import Reporter
 from featurecache.run import Run
 from featurecache.run import load_run as open_run
 from featurecache.rundir.fitrecord import Beside
+from featurecache.stageone.dryrun import Plan
+from featurecache.stageone.dryrun import plan_extract as run_plan
 from featurecache.tune import tune as run_tune
 
-__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "load_run", "predict", "tune"]
+__all__ = ["evaluate", "extract", "finetune_joint", "fit_head", "load_run", "plan_extract", "predict", "tune"]
 
 
+@journaled("store")
 def extract(manifest: str | Path, *, store: str | Path, reporter: Reporter | None = None, **options: Any) -> Summary:
     """Stage one.
 
@@ -44,6 +49,22 @@ def extract(manifest: str | Path, *, store: str | Path, reporter: Reporter | Non
     return run_extract(ExtractConfig.create({"manifest": manifest, "store": store, **options}), reporter)
 
 
+def plan_extract(manifest: str | Path, *, store: str | Path, reporter: Reporter | None = None, **options: Any) -> Plan:
+    """What `extract` would do: counts per view of what is reused and to be computed, and why. Writes nothing.
+
+    Args:
+        manifest: as for `extract`.
+        store: path of the store; need not be there.
+        reporter: told of progress.
+        options: as for `extract`.
+
+    Raises:
+        InputError: as `extract` would.
+    """
+    return run_plan(ExtractConfig.create({"manifest": manifest, "store": store, **options}), reporter)
+
+
+@journaled("store")
 def finetune_joint(manifest: str | Path, *, reporter: Reporter | None = None, **options: Any) -> Run:
     """Bodies and head as one network.
 
@@ -58,9 +79,12 @@ def finetune_joint(manifest: str | Path, *, reporter: Reporter | None = None, **
     target = options.get("target")
     if isinstance(target, str):
         options["target"] = (target,)
-    return run_joint(JointConfig.create({"manifest": manifest, **options}), reporter=reporter)
+    if (out := options.get("out")) is not None:
+        also(Path(out).with_name(f"{Path(out).name}.tmp"))  # what `resume` goes on from
+    return run_joint(JointConfig.create({"manifest": manifest, **options}), command=call_text(), reporter=reporter)
 
 
+@journaled("dataset")
 def fit_head(
     dataset: FeatureDataset, *, cv: int | None = None, reporter: Reporter | None = None, **options: Any
 ) -> HeadRun:
@@ -81,7 +105,12 @@ def fit_head(
     Raises:
         InputError: an option is not valid, there is no target or no way to split, the run exists.
     """
-    return fit_dataset(dataset, HeadConfig.create(options, source="fit_head"), Beside(), cv=cv, reporter=reporter)
+    for name in set(options) - set(HeadConfig.model_fields):
+        if name in signature(FeatureDataset).parameters:
+            raise InputError(f"fit_head: {name!r} is said of the dataset: give it to FeatureDataset, as {name}=...")
+    return fit_dataset(
+        dataset, HeadConfig.create(options, source="fit_head"), Beside(command=call_text()), cv=cv, reporter=reporter
+    )
 
 
 def load_run(path: str | Path) -> Run:
@@ -95,6 +124,7 @@ def load_run(path: str | Path) -> Run:
     return HeadRun(run.path, run.record) if run.kind == "head" else run
 
 
+@journaled("run", "store")
 def predict(
     run: Run | str | Path,
     sources: str | Path | Sequence[str | Path],
@@ -115,6 +145,7 @@ def predict(
     return run_predict(run, new_samples(sources, options), out, reporter)[0]
 
 
+@journaled("run", "store")
 def evaluate(
     run: Run | str | Path,
     manifest: str | Path | None = None,
@@ -147,6 +178,7 @@ def evaluate(
     return run_evaluate(opened, new, by=by, at=at, bootstrap=bootstrap, images=images, reporter=reporter)
 
 
+@journaled("store")
 def tune(
     store: str | Path,
     *,
@@ -178,7 +210,7 @@ def tune(
     targets = (target,) if isinstance(target, str) else tuple(target)
     values = {"store": store, "dataset": dataset, "target": targets, "head": head, **options}
     config = FitConfig.create(values, source="tune")
-    return run_tune(config, trials=trials, metric=metric, jobs=jobs, reporter=reporter)[0]
+    return run_tune(config, trials=trials, metric=metric, jobs=jobs, command=call_text(), reporter=reporter)[0]
 
 
 def opened_run(run: Run | str | Path) -> Run:

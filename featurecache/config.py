@@ -296,13 +296,10 @@ def _sharing(value: Any) -> Any:
     return {True: "all", False: "none"}.get(value, value) if isinstance(value, bool) else value
 
 
-class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
+class JointConfig(TargetConfig, ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
     """End-to-end fine-tuning of bodies and FC head. With `init`, views, bodies, target and split come from that run."""
 
     target: tuple[str, ...] = ()
-    task: Task = "auto"
-    uncertain: dict[str, Literal["ignore", "zero", "one"]] = {}
-    masks: Literal["index", "inside", "alpha"] = "index"
     out: Path | None = None
     overwrite: bool = False
     resume: bool = False
@@ -322,7 +319,7 @@ class JointConfig(ManifestConfig, BodyConfig, DeviceConfig, SplitConfig):
     epochs: int = 5
     freeze_epochs: int | None = None  # 1; with `init`, whose head knows the frozen bodies, 0
     unfreeze: Literal["all", "gradual"] = "all"
-    lr: float | Literal["find"] | None = None  # 1e-3; with `init` 1e-4
+    lr: float | Literal["find"] | None = None  # 1e-3; with `init` 3e-4
     # Of the lowest layers, or (lowest, highest); a tenth of lr.
     body_lr: Annotated[float | tuple[float, float] | None, BeforeValidator(_rates)] = None
     warm_up: float = 0.25

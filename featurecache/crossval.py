@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from featurecache.heads.base import Head, get_head
 from featurecache.progress import Reporter, Silent
 from featurecache.run import RunWriter
 from featurecache.rundir.fitrecord import NOTHING, Beside, finish_head, read_about, refuse_dense, run_path, target_of
-from featurecache.rundir.results import Folds, threshold_on, write_results
+from featurecache.rundir.results import Folds, Results, threshold_on, write_results
 
 Choose = Callable[[NDArray[np.str_], str], Mapping[str, Any]]
 """Settings of the head for a division of the samples: train, valid, test or '' per sample, and what it is called."""
@@ -110,20 +111,7 @@ def cross_validate(
         threshold = threshold_on(target.subset(valid), scores[valid], decide_at)
         if threshold["value"] is not None:
             threshold["folds"] = said.thresholds
-        results = write_results(
-            writer.path,
-            target=target,
-            scores=said.test,
-            splits=np.where(said.number >= 0, "test", ""),
-            groups=sample_groups(dataset.table, config.group),
-            sample_ids=dataset.sample_ids,
-            views=dataset.views,
-            present=dataset.present,
-            history=said.history,
-            bootstrap=config.bootstrap,
-            seed=config.seed,
-            folds=Folds(said.number, threshold),
-        )
+        results = _write(writer.path, dataset, target, said, threshold, config)
         sides = np.where(said.number >= 0, said.number.astype(np.str_), "")
         record = {
             "cv": {"folds": folds, "valid": config.valid, "skipped": said.skipped},
@@ -133,6 +121,31 @@ def cross_validate(
             writer, dataset, final, config, beside, results, calibration, record, sides, about, said.single
         )
     return HeadRun(run.path, run.record)
+
+
+def _write(
+    path: Path,
+    dataset: FeatureDataset,
+    target: Target,
+    said: _OutOfFold,
+    threshold: Mapping[str, Any],
+    config: HeadConfig,
+) -> Results:
+    """What the folds found, into the run's directory."""
+    return write_results(
+        path,
+        target=target,
+        scores=said.test,
+        splits=np.where(said.number >= 0, "test", ""),
+        groups=sample_groups(dataset.table, config.group),
+        sample_ids=dataset.sample_ids,
+        views=dataset.views,
+        present=dataset.present,
+        history=said.history,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        folds=Folds(said.number, threshold),
+    )
 
 
 def fit_dataset(

@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from featurecache.calls import also, journaled
 from featurecache.config import ExtractConfig, JointConfig
 from featurecache.data.shipped import shipped_path
 from featurecache.dataset import FeatureDataset
@@ -63,17 +64,32 @@ class DemoResult:
     runs_reused: int
     seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Flat figures, and the table."""
+        summary = self.extraction
+        return {
+            "samples": summary.samples,
+            "images": summary.images,
+            "computed": summary.computed,
+            "reused": summary.reused,
+            "runs_reused": self.runs_reused,
+            "seconds_total": round(self.seconds, 1),
+            "table": [row.to_json() for row in self.rows],
+        }
 
-def run_demo(out: Path, reporter: Reporter | None = None) -> DemoResult:
-    """Extract two views, fit the three heads and each view alone, fine-tune jointly, compare.
 
-    Whatever an earlier call left in `out` and still holds is taken over.
+@journaled()
+def run_demo(out: str | Path, reporter: Reporter | None = None) -> DemoResult:
+    """The embedded example: extract two views, fit three heads and each view alone, fine-tune jointly, compare.
+
+    Offline, minutes on two cores. Whatever an earlier call left in `out` and still holds is taken over.
 
     Raises:
         InputError: `out` is something else than a demo.
     """
     start = time.perf_counter()
-    reporter = reporter or Silent()
+    reporter, out = reporter or Silent(), Path(out)
+    also(out / "store")
     store, runs = out / "store", out / "runs"
     if out.exists() and not store.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: exists and holds something else than a demo")

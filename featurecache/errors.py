@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import ClassVar
@@ -90,10 +91,21 @@ class DependencyError(FeatureCacheError, ImportError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the nearest of `choices`, or '' where nothing is near."""
+    """' Did you mean 'x'?' for the nearest of `choices`, or '' where nothing is near.
+
+    But for a slip of the pen, a choice that is a word of the name goes before one that is spelt like it: with `id` and
+    `view_column`, `id_column` is taken for `id`.
+    """
     pool = list(choices)
-    near = get_close_matches(name, pool, n=1, cutoff=0.6)
+    near = get_close_matches(name, pool, n=1, cutoff=0.9)
+    near = near or [choice for word in _words(name) for choice in pool if _words(choice) == [word]]
+    near = near or get_close_matches(name, pool, n=1, cutoff=0.6)
     if not near:
         folded = {choice.lower(): choice for choice in pool}
         near = [folded[found] for found in get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)]
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _words(name: str) -> list[str]:
+    """`--id_column` -> id, column."""
+    return [word for word in re.split(r"[\W_]+", name.lower()) if word]

@@ -43,6 +43,7 @@ from featurecache.rundir.results import curves_of, find_threshold, make_predicti
 FOLDER = "evaluations"
 SPLIT = "test"  # new samples are all test samples
 NO_THRESHOLD = {"value": None}
+SEED = 0  # of the resampling
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,6 @@ def evaluate(
     bootstrap: int = 1000,
     images: int | Literal["none"] = 12,
     reporter: Reporter | None = None,
-    seed: int = 0,
 ) -> Evaluation:
     """Score new samples and compare with their labels, by the run's own threshold.
 
@@ -90,7 +90,6 @@ def evaluate(
         bootstrap: resamples of the groups per interval.
         images: how many mistakes the page shows with their pictures, or `none`.
         reporter: told of progress.
-        seed: of the resampling.
 
     Raises:
         InputError: no manifest was given, it lacks the target or column, or holds a class that the run does not know.
@@ -107,7 +106,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="featurecache-") as folder:
         return _compared(
             run, new, table, target, threshold, Path(folder), by=by, at=at, bootstrap=bootstrap, images=images,
-            reporter=reporter, seed=seed,
+            reporter=reporter,
         )  # fmt: skip
 
 
@@ -124,7 +123,6 @@ def _compared(
     bootstrap: int,
     images: int | Literal["none"],
     reporter: Reporter | None,
-    seed: int,
 ) -> Evaluation:
     """Scores of new samples beside their labels; predicted masks are kept in `folder` meanwhile."""
     scored = score_samples(run, new, reporter, masks=folder / MASKS)
@@ -160,7 +158,7 @@ def _compared(
         )
     name = folder_name(source.stem, by, at)
     found = _measured(
-        run, predictions, threshold, by, column, name, about, bootstrap=bootstrap, seed=seed, images=images,
+        run, predictions, threshold, by, column, name, about, bootstrap=bootstrap, images=images,
         pictures=lambda: new_pictures(run, new), masks=folder / MASKS, target=target,
     )  # fmt: skip
     return replace(found, scored=scored)
@@ -174,7 +172,6 @@ def evaluate_own(
     id: str | None = None,
     at: str | None = None,
     bootstrap: int = 1000,
-    seed: int = 0,
 ) -> Evaluation:
     """Measure the run's own test samples again: by subgroups, or at another threshold. Nothing is computed anew.
 
@@ -186,7 +183,6 @@ def evaluate_own(
         id: the table's column of ids; default `sample_id`.
         at: see `evaluate`.
         bootstrap: see `evaluate`.
-        seed: see `evaluate`.
 
     Raises:
         InputError: no table for the column, no such column, or test samples that the table does not have.
@@ -204,7 +200,7 @@ def evaluate_own(
         column = joined_column(Path(table), by, predictions.sample_ids.tolist(), id or "sample_id")
     about: dict[str, Any] = {"manifest": None, "n": len(predictions.sample_ids), "notes": [], "failed": []}
     return _measured(
-        run, predictions, threshold, by, column, folder_name("own-test", by, at), about, bootstrap=bootstrap, seed=seed
+        run, predictions, threshold, by, column, folder_name("own-test", by, at), about, bootstrap=bootstrap
     )
 
 
@@ -261,19 +257,18 @@ def _measured(
     about: Mapping[str, Any],
     *,
     bootstrap: int,
-    seed: int,
     images: int | Literal["none"] = "none",
     pictures: Callable[[], Pictures] | None = None,
     masks: Path | None = None,
     target: Target | None = None,
 ) -> Evaluation:
     """Metrics of predictions, all of them test samples, written into RUN/evaluations/<name>/."""
-    metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=seed)
+    metrics = measure(predictions, threshold, bootstrap=bootstrap, seed=SEED)
     subgroups: list[Subgroup] = []
     if column is not None:
         subgroups = by_subgroup(
             to_target(predictions), predictions.scores, predictions.groups, column,
-            threshold=predictions.cut(threshold), n=bootstrap, seed=seed,
+            threshold=predictions.cut(threshold), n=bootstrap, seed=SEED,
         )  # fmt: skip
         metrics["by"] = {"column": by, "subgroups": {part.value: part.to_json() for part in subgroups}}
     path = run.path / FOLDER / name
@@ -286,7 +281,7 @@ def _measured(
         record = {"schema": 1, **about, "by": by, "threshold": dict(threshold)}
         (made / "evaluation.json").write_text(dump_json(record), encoding="utf-8")
         if predictions.task != "regression":
-            curves = curves_of(predictions, threshold, bootstrap=bootstrap, seed=seed)
+            curves = curves_of(predictions, threshold, bootstrap=bootstrap, seed=SEED)
             (made / "curves.json").write_text(dump_json(curves), encoding="utf-8")
         if masks is not None and masks.is_dir():
             shutil.copytree(masks, made / MASKS)

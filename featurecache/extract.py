@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.config import ExtractConfig
+from featurecache.data.likely import likely_target
 from featurecache.data.manifest import read_manifest, with_readers
 from featurecache.progress import Reporter, Silent
 from featurecache.stageone.extraction import Extraction
@@ -45,6 +46,7 @@ class Summary:
     replicas: int = 0  # of each image
     replicas_computed: int = 0
     replicas_reused: int = 0
+    target: str = ""  # the column that is most likely what to predict; a guess
 
     @property
     def images_per_second(self) -> float:
@@ -150,4 +152,5 @@ def _extract(config: ExtractConfig, reporter: Reporter, survey: Survey, start: f
             replicas=config.replicas,
             replicas_computed=drawn,
             replicas_reused=sum(job.stored for job in replicas) - drawn,
+            target=likely_target(manifest.table, config),
         )

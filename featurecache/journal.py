@@ -1,4 +1,4 @@
-"""The journal of a store or run: a small `runs/<time>-<pid>.json` a command, and a `summary.md` kept from them."""
+"""The journal of a store or run: a small `runs/<time>-<pid>.json` a command or call, and their `summary.md`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ SCHEMA = 1
 KEPT = 1000  # files in `runs/`; the oldest beyond go
 SHOWN = 200  # rows of summary.md
 WITHHELD = "(withheld)"
+LONGEST_LINE = 2000  # characters of a call; of a command line, what a shell takes
 LONGEST = 500  # characters of an error or of a figure that is text
 # Names of modules whose version tells of a library of another name.
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
@@ -44,6 +46,20 @@ Kept by featurecache from the files in `runs/`, the newest first; times are UTC.
 _PATH = re.compile(r"(?<![\w/.~\\-])(?!//)(?:~[\w.-]*|[A-Za-z]:)?[\\/](?=\w)[^\s'\"`,;:()\[\]]*")
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call from Python: the function and what it was given."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def text(self, base: Path) -> str:
+        """As Python would write it, with no absolute path: `featurecache.extract(manifest='m.csv', store='cache')`."""
+        options = plain(self.options, base, text_paths=True)
+        text = f"{self.name}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+        return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
+
+
 def keeper(path: Path) -> Path | None:
     """The path, if it has a journal: a store, a run, or the RUN.tmp of a joint run that can be resumed."""
     signs = ((path / "index.sqlite").is_file(), (path / "run.json").is_file(), (path / "checkpoint").is_dir())
@@ -52,7 +68,7 @@ def keeper(path: Path) -> Path | None:
 
 def entry(
     command: str,
-    line: str,
+    line: str | Call,
     status: str,
     started: datetime,
     seconds: float,
@@ -66,7 +82,7 @@ def entry(
 
     Args:
         command: its name.
-        line: the command line.
+        line: the command line, or the call from Python.
         status: done, failed, partly failed or interrupted.
         started: when it began, UTC.
         seconds: how long it took.
@@ -111,7 +127,7 @@ def loaded_versions() -> dict[str, str]:
 def without(kept: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     """An entry whose free text holds none of the words, not even as a part of others."""
     words = [word for word in words if word]
-    hidden = {name: WITHHELD for name in ("line", "error") if any(word in kept.get(name, "") for word in words)}
+    hidden = {name: WITHHELD for name in ("line", "error") if any(word in str(kept.get(name, "")) for word in words)}
     return {**kept, **hidden}
 
 
@@ -124,7 +140,7 @@ def add(path: Path, kept: Mapping[str, Any]) -> None:
     base = Path(os.path.abspath(path)).parent
     moved = {
         **plain({**kept, "line": "", "error": ""}, base, text_paths=True),
-        "line": portable_command(kept["line"], base) if kept["line"] != WITHHELD else WITHHELD,
+        "line": portable_line(kept["line"], base),
         "error": portable_prose(kept["error"], base),
     }
     started = datetime.fromisoformat(kept["started"])
@@ -136,6 +152,13 @@ def add(path: Path, kept: Mapping[str, Any]) -> None:
         free = next(f for n in range(len(names) + 1) if (f := f"{name}{f'-{n}' * (n > 0)}.json") not in names)
         publish(path, folder / free, dump_json(moved))
         summarise(path, free)
+
+
+def portable_line(line: str | Call, base: Path) -> str:
+    """A command line or call without absolute paths."""
+    if isinstance(line, Call):
+        return line.text(base)
+    return WITHHELD if line == WITHHELD else portable_command(line, base)
 
 
 def portable_prose(text: str, base: Path) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from featurecache.api import new_samples, opened_run
-from featurecache.config import SplitConfig
+from featurecache.calls import journaled
+from featurecache.config import AUTO, SplitConfig
 from featurecache.dataset import FeatureDataset
 from featurecache.export import Format
 from featurecache.export import export as run_export
@@ -16,9 +17,10 @@ from featurecache.progress import Reporter
 from featurecache.reporting.ablate import Ablation
 from featurecache.reporting.ablate import ablate as run_ablate
 from featurecache.reporting.compare import Comparison, compare_runs
-from featurecache.reporting.explain import Explained
+from featurecache.reporting.explain import MOST_MAPS, Explained
 from featurecache.reporting.explain import explain as run_explain
-from featurecache.reporting.explore import Explored
+from featurecache.reporting.explain import show_features as draw_features
+from featurecache.reporting.explore import Explored, check_free
 from featurecache.reporting.explore import explore as run_explore
 from featurecache.reporting.exploremap import Method
 from featurecache.reporting.report import write_report
@@ -26,7 +28,7 @@ from featurecache.run import Run
 from featurecache.rundir.files import ABOUT
 from featurecache.rundir.fitrecord import read_about
 
-__all__ = ["ablate", "compare", "explain", "explore", "export", "report"]
+__all__ = ["ablate", "compare", "explain", "explore", "export", "report", "show_features"]
 
 
 def compare(
@@ -47,6 +49,7 @@ def compare(
     return compare_runs(opened, names=[str(run.path) for run in opened], metric=metric, n=bootstrap, seed=seed)
 
 
+@journaled("dataset")
 def ablate(
     dataset: FeatureDataset,
     heads: str | Sequence[str] = "logistic",
@@ -94,6 +97,7 @@ def ablate(
     )
 
 
+@journaled("run")
 def report(run: Run | str | Path, *, about: str | Path | None = None, images: bool = True) -> Path:
     """Write a run's report.html again, with what came since: evaluations, an ablation, heat maps.
 
@@ -114,6 +118,7 @@ def report(run: Run | str | Path, *, about: str | Path | None = None, images: bo
     return write_report(opened.path, opened.record, images=images)
 
 
+@journaled("run")
 def explain(
     run: Run | str | Path,
     sources: str | Path | Sequence[str | Path],
@@ -158,6 +163,7 @@ def explain(
     )
 
 
+@journaled("dataset", "run")
 def explore(
     dataset: FeatureDataset,
     out: str | Path = "explore.html",
@@ -195,6 +201,7 @@ def explore(
     )  # fmt: skip
 
 
+@journaled("dataset")
 def export(dataset: FeatureDataset, out: str | Path, *, format: Format = "parquet", overwrite: bool = False) -> Path:
     """Write the features of a dataset with sample ids and the manifest's columns, a row per sample.
 
@@ -208,3 +215,46 @@ def export(dataset: FeatureDataset, out: str | Path, *, format: Format = "parque
         InputError: the format is unknown, the file is there or its folder is not, a column has the name of another.
     """
     return run_export(dataset.features, dataset.table, out, format=format, overwrite=overwrite)
+
+
+def show_features(
+    image: str | Path,
+    out: str | Path = "features.png",
+    *,
+    body: str,
+    tap: str,
+    weights: str = "DEFAULT",
+    view: str | None = None,
+    reader: str = AUTO,
+    image_size: int | None = None,
+    most: int = MOST_MAPS,
+    overwrite: bool = False,
+    trust_factory: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Draw the feature maps that a layer gives for one image, the strongest first.
+
+    Args:
+        image: the file.
+        out: the PNG to write.
+        body: as `list_bodies` names it, or `run:DIR`.
+        tap: dotted name of a module that gives maps; `show_body` lists them.
+        weights: of the body.
+        view: which body of a run.
+        reader: of the file; `auto`: decided by its suffix, or how it begins.
+        image_size: side in pixels; default what the body expects.
+        most: how many channels.
+        overwrite: replace the file if it is there.
+        trust_factory: plug-in bodies that a run may name.
+
+    Returns:
+        `shape` of the tap's output, `shown` channels in their order, `strength` of each.
+
+    Raises:
+        InputError: the tap gives no maps, a name is unknown, or the file is there.
+        MissingFileError: no such image.
+    """
+    check_free(Path(out), overwrite)
+    return draw_features(
+        Path(image), Path(out), body=body, tap=tap, weights=weights, view=view, reader=reader, image_size=image_size,
+        most=most, trust=trust_factory,
+    )  # fmt: skip

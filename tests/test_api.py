@@ -31,7 +31,11 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     write_samples(tmp_path, 40)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("featurecache.rundir.results.write_report", lambda directory, record: None)
-    fc.extract("samples.csv", views={"frontal": "a", "lateral": "b"}, body="plugin_joint:tiny", store="cache")
+    options = {"views": {"frontal": "a", "lateral": "b"}, "body": "plugin_joint:tiny", "store": "cache"}
+    planned = fc.plan_extract("samples.csv", **options)
+    assert str(planned).startswith("dataset   samples: 40 samples\nview      frontal: reused 0, to compute 40")
+    assert not (tmp_path / "cache").exists()
+    assert fc.extract("samples.csv", **options).computed == sum(view.to_compute for view in planned.views)
     dataset = fc.FeatureDataset("cache", dataset="samples", target="label")
     x, y = dataset.numpy()
     run = fc.fit_head(dataset, head="xgboost", out="runs/xgb", settings={"n_estimators": 3, "nthread": 1})

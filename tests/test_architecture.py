@@ -14,11 +14,12 @@ MOST_LINES = 400
 # This is the layout of the design, with one departure: what draws a report stands directly below the run that it reads,
 # so that a run is published together with its report.
 ORDER = """
-errors named cli.typed config progress machine.lean machine.interrupts machine.scout machine.scouts
-rundir.record journal rundir.cut rundir.predictions rundir.densepredictions rundir.files run
+errors named amounts cli.typed cli.flags config progress machine.lean machine.interrupts machine.scout machine.scouts
+rundir.record journal calls rundir.cut rundir.predictions rundir.densepredictions rundir.files run
 reporting.wording reporting.plots reporting.drawn reporting.material reporting.card
 reporting.origin reporting.measured reporting.masks reporting.evidence reporting.report reporting.overview
 data.tables data.choice data.selectors data.layouts data.paths data.manifest data.targets data.dense data.splits
+data.likely
 data.shipped
 data.readers.base data.readers.headers data.readers.orientation data.readers.pixels data.readers.decoders
 data.readers.windows
@@ -27,7 +28,7 @@ data.readers
 data.preprocessing data.transforms
 bodies.small bodies.names bodies.channels bodies.weights bodies.families bodies.registry bodies.folding bodies.surgery
 bodies.sources bodies.program
-bodies.pooling bodies.tapped bodies.taps bodies.split bodies.stem bodies.identity
+bodies.pooling bodies.tapped bodies.taps bodies.shown bodies.split bodies.stem bodies.identity
 bodies.engines.base bodies.engines.devices bodies.engines.trial bodies.engines.torch bodies.engines.graphs
 bodies.engines.convert bodies.engines.openvino
 bodies.engines
@@ -37,7 +38,7 @@ store.opening
 store.tablehash store.binding store.chunks store.catalogue store.appender store.settle store.removal
 store.store store.verify store.salvage store.rebuild store.repair store.contents store.compact
 stageone.keys stageone.replicas stageone.viewsetup rundir.recorded upkeep.rebinding upkeep.dropping upkeep.maintenance
-upkeep.forget
+upkeep.forget upkeep.holdings
 reporting.thumbnails
 features.masks rundir.maskfiles machine.memory features.features features.rearranged features.stored features.stacked
 features.stream features.pairs export dataset
@@ -48,22 +49,22 @@ heads.record heads.fold heads.bins heads.scratch heads.space heads.blas heads.ba
 heads.rows heads.epochs
 heads.fcmodule heads.fc heads.decodermodule heads.decoder heads.lbfgs heads.linear_stream
 heads.logistic heads.xgboost heads.contract
-rundir.results rundir.flow rundir.mistakes rundir.densefit
+rundir.results rundir.flow rundir.notes rundir.mistakes rundir.densefit
 joint.schedule joint.checkpoint joint.average joint.callbacks joint.model joint.images joint.mixing joint.own
 joint.plan
 joint.parallel joint.runner joint.dense joint.step joint.loop joint.finder joint.build joint.save joint.start
 joint.samples joint.settings joint.predict joint.kinds
 stageone.canary stageone.readahead stageone.producer stageone.committer stageone.survey stageone.jobs stageone.space
 stageone.outcome stageone.recognise stageone.viewbars
-stageone.extraction extract stageone.dryrun upkeep.recompute doctor
+stageone.extraction extract stageone.dryrun upkeep.recompute upkeep.checking doctor
 joint.prefix joint.pairing joint.sources rundir.fitrecord joint.shown joint.finetune
 fit crossval tune newsamples predict evaluate
 reporting.ablate reporting.compare reporting.embedding reporting.explorefields
 reporting.exploremap reporting.explorefile reporting.explore reporting.attribution reporting.heatdrawing
 reporting.explain
-api looking
+api looking care
 pipeline.makers pipeline.classify pipeline.config pipeline.state pipeline.plan pipeline.stages pipeline.pipeline
-pipeline.report demo pipeline.initial
+pipeline.report pipeline.call demo pipeline.initial
 cli.output cli.tally cli.bars cli.progress cli.options cli.stagetwo cli.extract cli.heads
 cli.jointoptions cli.joint cli.newsamples cli.predict cli.stores cli.bodies cli.maintenance
 cli.compare cli.ablate cli.tune cli.report cli.export cli.explore cli.explain cli.doctor

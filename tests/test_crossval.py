@@ -7,7 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from stage_two import command, quick, read_table, samples, write_store
+from stage_two import command, metrics_from_predictions, quick, read_table, samples, write_store
 
 import featurecache as fc
 from featurecache.api import load_run
@@ -23,7 +23,7 @@ from featurecache.fit import fit_rows
 from featurecache.heads.base import get_head
 from featurecache.progress import Silent
 from featurecache.reporting.report import render
-from featurecache.rundir.results import metrics_from_predictions, to_target
+from featurecache.rundir.results import to_target
 
 
 @pytest.fixture(scope="module", autouse=True)

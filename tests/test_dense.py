@@ -6,7 +6,7 @@ import pytest
 import torch
 from dense_kit import options, square, store_squares, write_squares
 from PIL import Image
-from stage_two import command
+from stage_two import command, metrics_from_predictions
 
 from featurecache.config import FitConfig
 from featurecache.crossval import fit_from_config
@@ -17,7 +17,6 @@ from featurecache.evaluate import evaluate
 from featurecache.newsamples import NewSamples
 from featurecache.reporting.compare import compare_runs
 from featurecache.reporting.report import write_report
-from featurecache.rundir.results import metrics_from_predictions
 
 FAST = {"epochs": 5, "width": 16, "batch_size": 4, "lr": 0.02}
 TAPS = ("features.2", "features.7")

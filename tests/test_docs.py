@@ -71,6 +71,11 @@ def two_view(folder: Path, n: int = 72) -> None:
     write_csv(folder / "manifest.csv", rows[: n - 16])
     write_csv(folder / "new.csv", rows[n - 16 : n - 8])
     write_csv(folder / "external.csv", rows[n - 16 :])
+    names = {"sample_id": "study", "frontal": "front image", "lateral": "side image", "group": "patient"}
+    findings = [{names.get(name, name): value for name, value in row.items()} for row in rows]
+    for i, row in enumerate(findings):
+        row["finding"] = "uncertain" if i % 9 == 4 else ("no", "yes")[i % 2]
+    write_csv(folder / "studies.csv", findings)
 
 
 def xray(folder: Path, n: int = 60) -> None:

@@ -3,7 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from stage_two import quick, recipe, samples, write_store
+from stage_two import metrics_from_predictions, quick, recipe, samples, write_store
 
 from featurecache.api import load_run
 from featurecache.config import FitConfig
@@ -15,7 +15,7 @@ from featurecache.fit import HeadRun, fit_head
 from featurecache.progress import Silent
 from featurecache.run import RunWriter
 from featurecache.rundir.recorded import read_recipe, recipe_differences
-from featurecache.rundir.results import metrics_from_predictions, to_target
+from featurecache.rundir.results import to_target
 
 FAST = {"n_estimators": 4, "max_bin": 16, "nthread": 1}
 

@@ -9,7 +9,7 @@ import typer
 
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
-from featurecache.cli.output import Debug, Json, Output, Quiet, command
+from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable
 from featurecache.cli.progress import reporter
 from featurecache.errors import InputError
 
@@ -102,6 +102,8 @@ def ablate(
 
             write_report(loaded.path)
         show(output, found, folder)
+        fused = "--views", ",".join(data.views), "--head", heads[0]
+        output.next = pasteable("fit-head", store, "--dataset", dataset, "--target", target, *fused)
 
 
 def make_folder(out: Path, *, overwrite: bool) -> None:
@@ -148,4 +150,3 @@ def show(output: Output, found: Ablation, out: Path | None) -> None:
             output.text(f"{line}  {arm.words}")
     for sentence in found.conclusions:
         output.text(sentence)
-    output.next = "featurecache fit-head --views A,B with what serves best"

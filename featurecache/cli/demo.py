@@ -20,7 +20,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Extract two views of the embedded emoji, fit three heads, fine-tune jointly, compare, write a report. Offline."""
-    with command("demo", as_json=as_json, quiet=quiet, debug=debug, journals=(out / "store",)) as output:
+    with command("demo", as_json=as_json, quiet=quiet, debug=debug) as output:
         from featurecache.demo import run_demo
 
         with reporter(quiet=quiet) as progress:
@@ -29,15 +29,7 @@ def demo(
         share = 100 * summary.reused // max(summary.images, 1)
         output.outputs = [str(result.report)]
         output.failed = summary.failures
-        output.figures = {
-            "samples": summary.samples,
-            "images": summary.images,
-            "computed": summary.computed,
-            "reused": summary.reused,
-            "runs_reused": result.runs_reused,
-            "seconds_total": round(result.seconds, 1),
-            "table": [row.to_json() for row in result.rows],
-        }
+        output.figures = result.to_json()
         output.text(f"images    {summary.images:,}: computed {summary.computed:,}, {share} % reused")
         output.text(f"runs      {len(result.rows)}: {result.runs_reused} reused")
         output.text()
@@ -51,4 +43,4 @@ def demo(
             )
         output.text()
         output.text(f"report    {result.report}  ({result.seconds:.0f} s)")
-        output.next = "featurecache extract YOUR.csv --store cache --view NAME=COLUMN --view NAME=COLUMN"
+        output.next = "featurecache init study, and put your own images into study/manifest.csv"

@@ -10,7 +10,7 @@ import typer
 
 from featurecache.cli import options as opt
 from featurecache.cli.newsamples import RunArgument, Sources, new_samples
-from featurecache.cli.output import Debug, Json, Quiet, command
+from featurecache.cli.output import Debug, Json, Quiet, command, pasteable
 from featurecache.cli.progress import reporter
 
 EXPLAIN_EPILOG = "Example: featurecache explain runs/xgb manifest.csv --method occlusion --samples s17,s204"
@@ -84,7 +84,7 @@ def explain(
             where = f"hottest in {place['view']} at {place['x']}, {place['y']}" if place else "no part speaks for it"
             result.text(f"{made.folder / entry['file']}: {entry['class']} {entry['score']:.3g}, {where}")
         result.text("A heat map shows what the score hangs on, not why, and not whether that is right.")
-        result.next = f"look at {made.folder}" if out else f"featurecache report {run} shows them in the report, too"
+        result.next = f"look at {made.folder}" if out else pasteable("report", run)
 
 
 def show_features(
@@ -105,10 +105,8 @@ def show_features(
 ) -> None:
     """Draw the feature maps that a layer gives for one image."""
     with command("show-features", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.reporting.explain import show_features as draw
-        from featurecache.reporting.explore import check_free
+        from featurecache.looking import show_features as draw
 
-        check_free(out, overwrite)
         found = draw(
             image,
             out,
@@ -119,7 +117,8 @@ def show_features(
             reader=reader,
             image_size=image_size,
             most=most,
-            trust=trust_factory or (),
+            overwrite=overwrite,
+            trust_factory=trust_factory or (),
         )
         output.outputs = [str(out)]
         output.figures = found

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurecache.amounts import human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
-from featurecache.cli.output import Debug, Json, Quiet, command, human_bytes
+from featurecache.cli.output import Debug, Json, Quiet, command
 
 if TYPE_CHECKING:
     from featurecache.run import Run

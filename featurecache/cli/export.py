@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from featurecache.amounts import human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
-from featurecache.cli.output import Debug, Json, Quiet, command, human_bytes
+from featurecache.cli.output import Debug, Json, Quiet, command
 
 EPILOG = "Example: featurecache export cache --dataset manifest --format parquet --out features.parquet"
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurecache.amounts import human_bytes
 from featurecache.cli import options as opt
-from featurecache.cli.output import Debug, Json, Output, Quiet, command, human_bytes
+from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable
 from featurecache.cli.progress import reporter
 
 if TYPE_CHECKING:
@@ -186,4 +187,7 @@ def show(output: Output, summary: Summary) -> None:
         output.text(f"view      {view}: recipe {recipe}, {summary.engines[view]}")
     parts = ", ".join(f"{name.removeprefix('seconds_')} {value:.1f} s" for name, value in summary.seconds.items())
     output.text(f"time      {parts}")
-    output.next = f"featurecache fit-head {summary.store} --dataset {summary.dataset} --target COLUMN --head logistic"
+    target = summary.target or "COLUMN"
+    output.next = pasteable(
+        "fit-head", summary.store, "--dataset", summary.dataset, "--target", target, "--head", "logistic"
+    )

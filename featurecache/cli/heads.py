@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from featurecache.amounts import counted
+from featurecache.calls import flat_metrics
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Output, Quiet, command, typed_command
@@ -97,6 +99,7 @@ def show_run(output: Output, run: Run) -> None:
         **{name: run.record[name] for name in ("n_dropped", "n_failed") if name in run.record},
         **{f"unreadable_{view}": count for view, count in run.record.get("failed_views", {}).items()},
         **flat_metrics(run.metrics),
+        "notes": list(run.record.get("notes", ())),
     }
     output.text(f"run       {path} ({run.task}, views {', '.join(run.views)})")
     if output.figures["replicas"]:
@@ -113,11 +116,13 @@ def show_run(output: Output, run: Run) -> None:
     if (run.record.get("calibration") or {}).get("bound_reached"):
         from featurecache.reporting.wording import BOUND_REACHED
 
-        output.text(f"note      {BOUND_REACHED[0].lower()}{BOUND_REACHED[1:]}")
+        output.figures["notes"].append(f"{BOUND_REACHED[0].lower()}{BOUND_REACHED[1:]}")
+    for note in output.figures["notes"]:
+        output.text(f"note      {note}")
     for view, count in run.record.get("failed_views", {}).items():
-        output.text(f"missing   view {view} of {count:,} samples: the image could not be read")
+        output.text(f"missing   view {view} of {counted(count, 'sample')}: the image could not be read")
     if run.record.get("n_dropped"):
-        output.text(f"left out  {run.record['n_dropped']:,} samples without the views")
+        output.text(f"left out  {counted(run.record['n_dropped'], 'sample')} without the views")
     output.text(f"report    {path}/report.html")
 
 
@@ -135,18 +140,4 @@ def metric_line(split: str, metrics: dict[str, Any]) -> str:
         if isinstance(value, int | float):
             low, high = intervals.get(name) or (None, None)
             parts.append(f"{name} {value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""))
-    return f"{split:<9} n {metrics['n']} in {metrics['n_groups']} groups: {', '.join(parts[:4])}"
-
-
-def flat_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`test_accuracy`, `test_accuracy_low`, `test_accuracy_high` (ends of its interval) and so on."""
-    flat: dict[str, Any] = {}
-    for split in ("train", "valid", "test"):
-        figures = metrics.get(split, {})
-        for name, value in figures.items():
-            if isinstance(value, int | float):
-                flat[f"{split}_{name}"] = value
-        for name, ends in figures.get("intervals", {}).items():
-            if isinstance(ends, list):
-                flat[f"{split}_{name}_low"], flat[f"{split}_{name}_high"] = ends
-    return flat
+    return f"{split:<9} n {metrics['n']} in {counted(metrics['n_groups'], 'group')}: {', '.join(parts[:4])}"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurecache.calls import follows
 from featurecache.cli import jointoptions as net
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.heads import show_run
-from featurecache.cli.output import Debug, Json, Quiet, command, typed_command
+from featurecache.cli.output import Debug, Json, Quiet, command, pasteable, typed_command
 from featurecache.cli.progress import reporter
+
+if TYPE_CHECKING:
+    from featurecache.run import Run
 
 SCHEDULE, ENGINE = "Schedule", "Engine and checkpoints"
 EPILOG = (
@@ -28,11 +32,6 @@ class UnfreezeChoice(StrEnum):
 
     all = "all"
     gradual = "gradual"
-
-
-def follows() -> bool:
-    """Whether torchrun started this process beside a first one, which does the talking."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def augment_options(values: list[str] | None) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -80,7 +79,7 @@ def finetune_joint(
     lr: Annotated[
         str | None,
         typer.Option(
-            metavar="RATE|find", help="Peak rate of the head: 1e-3, with --init 1e-4.", rich_help_panel=SCHEDULE
+            metavar="RATE|find", help="Peak rate of the head: 1e-3, with --init 3e-4.", rich_help_panel=SCHEDULE
         ),
     ] = None,
     body_lr: Annotated[
@@ -214,5 +213,18 @@ def finetune_joint(
         show_run(output, run)
         if run.record.get("best_epoch") == 0:
             output.text("note      no epoch had a lower validation loss than the start, whose weights were kept")
-        tuned = f"run:{output.outputs[0]}"
-        output.next = f"featurecache extract {manifest} --store STORE --body {tuned} ... caches the tuned features"
+        output.next = cache_tuned(run, params, output.outputs[0])
+
+
+def cache_tuned(run: Run, params: Mapping[str, Any], path: str) -> str:
+    """The command that keeps the tuned bodies' features of the same samples."""
+    views = (run.record.get("manifest_config") or {}).get("views") or {}
+    named = [word for view, column in views.items() for word in ("--view", f"{view}={column}")]
+    chosen = {name: params[name] for name in ("view_column", "path_column", "id", "root") if params[name] is not None}
+    if params["layout"] != opt.Layout.wide:
+        chosen["layout"] = params["layout"]
+    if params["multi"] != opt.Multi.error:
+        chosen["multi"] = params["multi"]
+    how = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words = [*([] if params["manifest"].is_dir() else named), *how, "--body", f"run:{path}"]
+    return pasteable("extract", params["manifest"], "--store", params["store"] or "cache", *words)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from featurecache.cli import options as opt
+from featurecache.cli.flags import Command
 
 NETWORK, PREFIX, TRAIN = "Network", "Cached lower part", "Training"
 OWN = ("stem", "fusion", "detach", "pairs", "store", "replicas")
@@ -82,7 +82,7 @@ Replicas = Annotated[
 ]
 
 
-class JointCommand(TyperCommand):
+class JointCommand(Command):
     """Takes `--share-bodies` without a value for `--share-bodies all`: it was a flag."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featurecache.amounts import human_bytes
 from featurecache.cli import options as opt
-from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, human_bytes
+from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, pasteable
 from featurecache.cli.progress import reporter
 from featurecache.errors import InputError
 
@@ -152,72 +153,39 @@ def compact(
         }
         output.text(f"made      {made.path}: {made.recipes:,} recipes, {made.rows:,} rows, {made.datasets:,} datasets")
         output.text(f"          {human_bytes(made.bytes_before)} -> {human_bytes(made.bytes)}, verified")
-        output.next = f"featurecache info {made.path}"
+        output.next = pasteable("info", made.path)
 
 
 def _go(plan: Removal, output: Output, *, dry_run: bool, yes: bool) -> None:
     """List a plan, ask where that is possible, carry it out, say what was done."""
     output.figures = {"dry_run": dry_run, **plan.to_json()}
     output.outputs = [*(part.stored.recipe.id for part in plan.parts), *plan.datasets, *plan.samples]
-    lines = _listing(plan)
     if plan.empty or dry_run or yes:
-        for line in lines:
-            output.text(line)
-    if plan.empty or dry_run:
-        output.text("nothing to drop" if plan.empty else "dry run: nothing was changed")
+        output.lines += plan.lines()
+    elif not _agreed(plan):
+        output.outputs, output.status = [], FAILED
+        output.text("nothing was changed")
         return
-    if not yes:
-        print("\n".join(lines), file=sys.stderr)
-        if not _terminal():
-            raise InputError("Nothing was changed. There is no terminal to ask on: give --yes to drop this.")
-        if not typer.confirm("Drop this for good?", err=True):
-            output.outputs, output.status = [], FAILED
-            output.text("nothing was changed")
-            return
-    from featurecache.upkeep.dropping import carry_out
+    from featurecache.upkeep.dropping import remove
 
-    output.journals.append(plan.path)  # from here on: a list that nobody agreed to leaves no trace
     with reporter(quiet=output.quiet) as progress:
-        done = carry_out(plan, progress)
-        if not done.scrubbed:
-            progress.note(
-                "Warning: a process has been reading the index all the while, which still holds bytes of what was "
-                f"dropped. When it has ended, run: featurecache prune {plan.path} --yes"
-            )
-    output.figures |= {"bytes_freed": done.bytes_freed, "scrubbed": done.scrubbed}
-    output.text(f"dropped   {plan.rows:,} rows; the store takes {human_bytes(done.bytes_freed)} less")
-    output.next = f"featurecache verify {plan.path}"
+        removed = remove(plan, dry_run=dry_run, reporter=progress)
+    output.figures |= removed.to_json()
+    output.lines += removed.lines()
+    output.next = pasteable("verify", plan.path) if removed.done else ""
+
+
+def _agreed(plan: Removal) -> bool:
+    """List it and ask.
+
+    Raises:
+        InputError: there is no terminal to ask on.
+    """
+    print("\n".join(plan.lines()), file=sys.stderr)
+    if not _terminal():
+        raise InputError("Nothing was changed. There is no terminal to ask on: give --yes to drop this.")
+    return typer.confirm("Drop this for good?", err=True)
 
 
 def _terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def _listing(plan: Removal) -> list[str]:
-    lines = []
-    for part in plan.parts:
-        recipe = part.stored.recipe
-        rest = f", {len(part.failures):,} failures" if part.failures else ""
-        whole = "all of it" if part.whole else f"{len(part.rows):,} rows"
-        count = f", {len(part.rows):,} rows" if part.whole else ""
-        body = recipe.fields.get("body")
-        name = f", {body.get('architecture')}" if isinstance(body, dict) else ""
-        lines.append(f"recipe    {recipe.id}{name}: {whole}{count}{rest}, {human_bytes(part.size)}")
-    lines += [f"dataset   {name}: its table and labels; rows stay" for name in plan.datasets if not plan.samples]
-    lines += [f"dataset   {name}: all its samples" for name in plan.datasets if plan.samples]
-    lines += [
-        f"dataset   {binding.name}: rewritten, {binding.table.height:,} samples stay" for binding in plan.bindings
-    ]
-    if plan.samples:
-        lines.append(
-            f"samples   {len(plan.samples):,}: {', '.join(plan.samples[:10])}{' ...' * (len(plan.samples) > 10)}"
-        )
-    if plan.files:
-        lines.append(f"files     {len(plan.files):,} that were hashed, no longer known")
-    if plan.listed:
-        lines.append(f"failures  {plan.listed:,} entries of failures.csv")
-    if plan.leftovers:
-        lines.append(f"leftovers {len(plan.leftovers):,} files")
-    if not plan.empty:
-        lines.append(f"in all    {plan.rows:,} rows, {human_bytes(plan.size)}")
-    return [*lines, *(f"note      {note}" for note in plan.notes)]

@@ -7,18 +7,17 @@ import os
 import shlex
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from featurecache.calls import record
 from featurecache.errors import FeatureCacheError
 from featurecache.machine.interrupts import interrupt_once
 
@@ -86,21 +85,6 @@ class Output:
         print(message if status == INTERRUPTED else f"Error: {message}", file=sys.stderr)
         return status
 
-    def remember(self, status: int, started: datetime, seconds: float) -> None:
-        """Add the command to the journals of its stores and runs."""
-        from featurecache import journal
-
-        kept_in = (journal.keeper(path) for path in self.journals)
-        places = {Path(os.path.abspath(place)) for place in kept_in if place is not None}
-        if not places:
-            return
-        kept = journal.entry(
-            self.command, typed_command(), STATES[status], started, seconds, self.figures,
-            failed=len(self.failed), error=self.message, withheld=self.withheld,
-        )  # fmt: skip
-        for place in places:
-            journal.add(place, kept)
-
     def _print_failed(self, shown: int = 10) -> None:
         for entry in self.failed[:shown]:
             print(f"failed: {entry['sample_id']} {entry['view']} {entry['path']}: {entry['error']}", file=sys.stderr)
@@ -119,20 +103,22 @@ def command(
     """
     output = Output(name, as_json, quiet, debug, journals=[path for path in journals if path is not None])
     set_up_process()
-    started, clock = datetime.now(UTC), time.perf_counter()
-    try:
-        yield output
-        status = output.finish()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain when Python flushes at its end
-        status = FAILED
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        status = output.error(*describe(error))
-    if output.journals:
-        output.remember(status, started, time.perf_counter() - clock)
+    with record(name, typed_command(), output.journals) as kept:
+        try:
+            yield output
+            status = output.finish()
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # nor complain when Python flushes at its end
+            status = FAILED
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                traceback.print_exc()
+            status = output.error(*describe(error))
+        kept.status, kept.error, kept.withheld = STATES[status], output.message, output.withheld
+        kept.figures, kept.failed = output.figures, len(output.failed)
     if status:
         raise typer.Exit(status)
 
@@ -182,18 +168,9 @@ def print_json(
     print(json.dumps({**head, **figures}, ensure_ascii=False, default=str))
 
 
-def counted(n: int, word: str) -> str:
-    """`1 file`, `1,200 files`."""
-    return f"{n:,} {word}" + ("" if n == 1 else "s")
-
-
-def human_bytes(count: float) -> str:
-    """`12.3 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
+def pasteable(*words: object) -> str:
+    """A command of ours as one can paste it into a shell."""
+    return shlex.join(["featurecache", *map(str, words)])
 
 
 def typed_command() -> str:

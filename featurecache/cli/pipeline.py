@@ -35,31 +35,26 @@ def pipeline(
 ) -> None:
     """Run a declared pipeline: data, features, heads, joint tuning, comparison; goes on where it was stopped."""
     with command("pipeline", as_json=as_json, quiet=quiet, debug=debug) as output:
-        from featurecache.pipeline.pipeline import open_pipeline
+        from featurecache.pipeline.call import run_pipeline
 
         changes = {key: toml_value(value) for key, value in opt.pairs("--set", setting).items()}
         with reporter(quiet=quiet) as progress:
-            opened = open_pipeline(
-                file, out, changes=changes, variant=variant, command=typed_command(), reporter=progress
+            done = run_pipeline(
+                file, out, changes=changes, variant=variant, dry_run=dry_run, command=typed_command(), reporter=progress
             )
-            if not dry_run:
-                output.journals.append(opened.folder / "store")
-            steps = opened.plan() if dry_run else opened.run()
+        steps = done.steps
         output.figures = {"stages": [entry(step, dry_run=dry_run) for step in steps]}
         width = max((len(step.name) for step in steps), default=0)
         for step in steps:
             output.text(f"{step.kind:<9} {step.name:<{width}}  {step.state:<6}  {step.why or told(step)}".rstrip())
         if dry_run:
-            output.next = f"featurecache pipeline {file} --out {out}"
+            output.next = " ".join(word for word in typed_command().split(" ") if word != "--dry-run")
             return
-        from featurecache.pipeline.report import write_reports
-
-        page = write_reports(opened)
         show_details(output, steps)
-        output.failed = opened.failed
-        output.outputs = [str(opened.folder)]
-        output.text(f"report    {page}")
-        output.next = f"open {page}"
+        output.failed = done.failures
+        output.outputs = [str(done.folder)]
+        output.text(f"report    {done.report}")
+        output.next = f"open {done.report}"
 
 
 def entry(step: Step, *, dry_run: bool) -> dict[str, Any]:

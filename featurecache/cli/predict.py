@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurecache.calls import flat_metrics
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
-from featurecache.cli.heads import flat_metrics, metric_line, split_label
+from featurecache.cli.heads import metric_line, split_label
 from featurecache.cli.newsamples import RunArgument, Sources, Store, Tta, new_samples
-from featurecache.cli.output import Debug, Json, Output, Quiet, command
+from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable, typed_command
 from featurecache.cli.progress import reporter
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ def predict(
         if any(scored.files):
             output.text(f"masks     in {(path.parent / next(filter(None, scored.files))).parent}")
         output.text(f"images    computed {scored.computed:,}, reused {scored.reused:,}")
-        output.next = f"featurecache evaluate {run} MANIFEST measures on labelled samples"
+        labelled = len(sources) == 1 and set(loaded.targets) <= set(scored.table.columns)
+        output.next = after_predicting(run, typed_command(), measurable=labelled)
 
 
 def evaluate(
@@ -113,6 +116,20 @@ def evaluate(
         show_evaluation(output, loaded, found, by or "")
 
 
+def after_predicting(run: Path, typed: str, *, measurable: bool) -> str:
+    """Measure the same samples, read in the same way; else see how far the run can be trusted."""
+    if not measurable:
+        return pasteable("evaluate", run)
+    words = iter(shlex.split(typed.replace(" predict ", " evaluate ", 1))[1:])
+    kept = []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return pasteable(*kept)
+
+
 def show_metrics(output: Output, run: Run) -> None:
     """What the run says of itself; nothing is measured."""
     output.outputs = [str(run.path)]
@@ -120,7 +137,7 @@ def show_metrics(output: Output, run: Run) -> None:
     for split in ("test", "valid", "train"):
         if split in run.metrics:
             output.text(metric_line(split_label(run, split), run.metrics[split]))
-    output.next = f"featurecache evaluate {run.path} MANIFEST measures on new labelled samples"
+    output.next = f"open {run.path}/report.html"
 
 
 def measure_own(run: Run, params: Mapping[str, Any]) -> Evaluation:

@@ -89,45 +89,54 @@ def read_long(source: Source, config: ManifestConfig, views: Mapping[str, str]) 
     ids = _ids(subset, config, problems)
     if not ids.len():
         problems.append(f"{source.shown}: no row belongs to a view")
-    first = ids.fill_null("").to_frame().with_row_index("record").unique(ID, keep="first", maintain_order=True)
-    index = (
-        ids.fill_null("")
-        .to_frame()
-        .join(
-            first.select(ID, pl.int_range(pl.len(), dtype=pl.UInt32).alias("sample")),
-            on=ID,
-            how="left",
-            maintain_order="left",
-        )
-    )
+    first, sample = _samples(ids)
     values = _as_paths(subset, config.path_column, problems)
     number = pl.Series("number", [item for item in numbers if item is not None], dtype=pl.Int32)
-    selector = pl.repeat("{}", values.len(), dtype=pl.String, eager=True)
-    for position, view in enumerate(order):
-        made = make_selectors(subset, config, view)
-        mine = number == position
-        selector = made.json.zip_with(mine, selector)
-        for row in made.problems.keys() & set((mine & values.is_not_null()).arg_true().to_list()):
-            problems += made.problems[row]
     part = pl.DataFrame(
         {
-            "sample": index["sample"],
+            "sample": sample,
             "number": number,
             "position": record.cast(pl.Int64),
             "value": values,
-            "selector": selector,
+            "selector": _selectors(subset, config, order, number, values, problems),
             "row": subset.rows,
             "column": pl.repeat(config.path_column, values.len(), dtype=pl.String, eager=True),
         }
     )
-    sample_ids = first[ID]
-    cells = _cells([part], tuple(order), sample_ids, subset, config, problems)
+    cells = _cells([part], tuple(order), first[ID], subset, config, problems)
     rest = [name for name in source.frame.columns if name not in (ID, config.view_column, config.path_column)]
-    table, varying = _constant(subset.frame.select(rest), index["sample"], first["record"], sample_ids, subset)
+    table, varying = _constant(subset.frame.select(rest), sample, first["record"], first[ID], subset)
     for name, what in ((config.view_column, "views"), (config.path_column, "paths")):
         varying[name] = f"column {name!r} holds the {what} of single images, not something of the sample"
     table = typed(table, keep={config.id or ID})
-    return Layout(pl.DataFrame([sample_ids, *table.get_columns()]), tuple(order), cells, problems, varying)
+    return Layout(pl.DataFrame([first[ID], *table.get_columns()]), tuple(order), cells, problems, varying)
+
+
+def _samples(ids: pl.Series) -> tuple[pl.DataFrame, pl.Series]:
+    """The first record of each sample, with its id; and the sample's number of each record."""
+    records = ids.fill_null("").to_frame()
+    first = records.with_row_index("record").unique(ID, keep="first", maintain_order=True)
+    numbered = first.select(ID, pl.int_range(pl.len(), dtype=pl.UInt32).alias("sample"))
+    return first, records.join(numbered, on=ID, how="left", maintain_order="left")["sample"]
+
+
+def _selectors(
+    source: Source,
+    config: ManifestConfig,
+    order: Sequence[str],
+    number: pl.Series,
+    values: pl.Series,
+    problems: list[str],
+) -> pl.Series:
+    """The selector of each record, by the rules of the view that its number names."""
+    selector = pl.repeat("{}", values.len(), dtype=pl.String, eager=True)
+    for position, view in enumerate(order):
+        made = make_selectors(source, config, view)
+        mine = number == position
+        selector = made.json.zip_with(mine, selector)
+        for row in made.problems.keys() & set((mine & values.is_not_null()).arg_true().to_list()):
+            problems += made.problems[row]
+    return selector
 
 
 def _columns(source: Source, named: str) -> list[str]:

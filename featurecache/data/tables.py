@@ -234,11 +234,10 @@ def _walk(path: Path | str, prefix: str, suffixes: Collection[str], seen: set[st
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                real = os.path.realpath(entry.path)
-                if real not in seen:
-                    yield from _walk(entry.path, f"{prefix}{entry.name}/", suffixes, seen | {real})
-            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            folder = os.path.realpath(entry.path) if entry.is_dir() else None
+            if folder is not None and folder not in seen:
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", suffixes, seen | {folder})
+            elif folder is None and os.path.splitext(entry.name)[1].lower() in suffixes:
                 yield prefix + entry.name
 
 

@@ -16,6 +16,7 @@ TaskName = Literal["binary", "multiclass", "multilabel", "regression", "dense"]
 MAX_NUMERIC_CLASSES = 20  # more distinct whole numbers than this are a quantity, not classes
 MANY_CLASSES = 20  # more than this, and as many as half the samples, are ids or free text unless the task is given
 _SHOWN = 5
+_UNREAD = "the target can't be read"
 _MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")
 _MEANING = {"ignore": None, "zero": "0", "one": "1"}
 _UNKNOWN = ("", "nan", "NaN")  # the latter as numpy and pandas write it
@@ -88,10 +89,12 @@ def read_target(
     if not names:
         raise InputError(f"{head}no target column given")
     problems = [
-        f"no column {name!r}.{did_you_mean(name, table.columns)}" for name in names if name not in table.columns
+        f"no column {name!r}.{did_you_mean(name, table.columns)} Columns: {', '.join(table.columns[:20])}"
+        for name in names
+        if name not in table.columns
     ] + [f"target {name!r} is given twice" for name in sorted({name for name in names if names.count(name) > 1})]
     if problems:
-        raise InputError.from_problems(f"{head}target columns", problems)
+        raise InputError.from_problems(f"{head}{_UNREAD}", problems)
     columns = [_certain(table[name], uncertain or {}, head) for name in names]
     if classes is None and task not in ("multilabel", "regression"):
         _check_uncertain([table[name] for name in names], uncertain or {}, head)
@@ -210,7 +213,7 @@ def _numbers(table: pl.DataFrame, columns: Sequence[pl.Series], *, binary: bool,
         else:
             values[:, index] = number.fill_null(np.nan).to_numpy()
     if problems:
-        raise InputError.from_problems(f"{head}target columns", problems)
+        raise InputError.from_problems(f"{head}{_UNREAD}", problems)
     return values
 
 

@@ -1,4 +1,4 @@
-"""Curves with bands by bootstrap over groups: ROC, precision-recall, and the net benefit of deciding by a model."""
+"""What figures are drawn from: ROC, precision-recall and net benefit with bands by bootstrap; reliability."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.evaluation.bootstrap import group_weights, numbered
+from featurecache.evaluation.metrics import BINS, bin_of, calibration_error
 from featurecache.evaluation.weighted import Array, ratio
 
 GRID = np.linspace(0, 1, 51)  # of the false positive rate, and of the recall
@@ -55,6 +56,25 @@ def curve_data(
             **ends.get("benefit", {}),
         },
     }
+
+
+def reliability_data(confidence: Array, right: NDArray[np.bool_]) -> dict[str, Any]:
+    """What a reliability diagram is drawn from, over the bins of the calibration error.
+
+    Args:
+        confidence: (m,) probabilities, one or more.
+        right: (m,) whether what they were given for came true.
+
+    Returns:
+        Per bin `count`, and the mean `probability` and the `frequency` there, None where it is empty; `gap`, the
+        calibration error.
+    """
+    which = bin_of(confidence)
+    count = np.bincount(which, minlength=BINS)
+    sums = {"probability": confidence, "frequency": right.astype(float)}
+    means = {name: ratio(np.asarray(np.bincount(which, of, minlength=BINS), float), count) for name, of in sums.items()}
+    lists = {name: _plain(values) for name, values in means.items()}
+    return {"count": count.tolist(), **lists, "gap": calibration_error(confidence, right)}
 
 
 class _Curves:

@@ -115,14 +115,14 @@ def checked_scores(target: Target, scores: NDArray[Any]) -> NDArray[np.float64]:
     return scores
 
 
-def bin_of(confidence: NDArray[np.float64], bins: int = BINS) -> NDArray[np.int64]:
-    """Which of `bins` equal parts of [0, 1] a probability lies in; 1 belongs to the last."""
-    return np.minimum((confidence * bins).astype(np.int64), bins - 1)
+def bin_of(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of BINS equal parts of [0, 1] a probability lies in; 1 belongs to the last."""
+    return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
 
 
-def calibration_error(confidence: NDArray[np.float64], outcome: NDArray[Any], *, bins: int = BINS) -> float:
+def calibration_error(confidence: NDArray[np.float64], outcome: NDArray[Any]) -> float:
     """Expected calibration error: mean over equal-width bins, by size, of |mean confidence - share of outcomes|."""
-    gap = np.bincount(bin_of(confidence, bins), weights=confidence - outcome, minlength=bins)
+    gap = np.bincount(bin_of(confidence), weights=confidence - outcome, minlength=BINS)
     return float(np.abs(gap).sum() / len(confidence))
 
 

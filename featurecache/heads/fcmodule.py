@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from featurecache import config
 from featurecache.data.targets import Target
@@ -97,7 +98,12 @@ class MapPool(nn.Module):
 
 
 class PresentBatchNorm(nn.BatchNorm1d):
-    """BatchNorm whose statistics come from the samples that have the view; what is missing becomes 0 after it."""
+    """BatchNorm whose statistics come from the samples that have the view; what is missing becomes 0 after it.
+
+    A column that is constant in a batch leaves the running variance as it is. Many features of a ReLU body are zero for
+    nearly all images: their running variance would fall towards 0 batch by batch, and the first new sample in which
+    they are not zero would come out hundreds of standard deviations large.
+    """
 
     def forward(self, x: Tensor, missing: Tensor | None = None) -> Tensor:
         """Normalise.
@@ -106,12 +112,20 @@ class PresentBatchNorm(nn.BatchNorm1d):
             x: (n, d) float32, finite.
             missing: (n, d) bool, or None where nothing is; then this is `nn.BatchNorm1d`.
         """
-        if missing is None:
-            return super().forward(x)
-        keep = ~missing
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None
+        if missing is None:
+            if not self.training:
+                return super().forward(x)
+            after = var.clone()
+            out = functional.batch_norm(x, mean, after, self.weight, self.bias, True, self.momentum or 0.1, self.eps)
+            with torch.no_grad():
+                var.copy_(torch.where((x == x[:1]).all(dim=0), var, after))
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+            return out
+        keep = ~missing
         if self.training:
             count = keep.sum(dim=0)
             safe = count.clamp(min=1)
@@ -121,7 +135,11 @@ class PresentBatchNorm(nn.BatchNorm1d):
             with torch.no_grad():
                 step = enough * (self.momentum or 0.1)
                 mean.lerp_(here, step)
-                var.lerp_(spread * safe / (safe - 1).clamp(min=1), step)
+                lowest, highest = (
+                    torch.where(keep, x, math.inf).amin(dim=0),
+                    torch.where(keep, x, -math.inf).amax(dim=0),
+                )
+                var.lerp_(spread * safe / (safe - 1).clamp(min=1), step * (lowest < highest))
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
             mean, var = torch.where(enough, here, mean), torch.where(enough, spread, var)

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -39,14 +39,15 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 def remove_dead(parent: Path, prefix: str) -> None:
     """Remove folders that begin with `prefix` and hold a lock that nobody has any more."""
     for path in parent.glob(f"{prefix}*/{LOCK}"):
-        try:
-            if time.time() - path.stat().st_mtime < YOUNG or path.is_symlink():
-                continue
-            with path.open("rb") as lock:
-                if _try_lock(lock):
-                    shutil.rmtree(path.parent, ignore_errors=True)
-        except OSError:  # of another user, or gone meanwhile
-            continue
+        with suppress(OSError):  # of another user, or gone meanwhile
+            if time.time() - path.stat().st_mtime >= YOUNG and not path.is_symlink():
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with path.open("rb") as lock:
+        if _try_lock(lock):
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _try_lock(file: IO[bytes]) -> bool:

@@ -61,7 +61,6 @@ class _Chunks(xgb.DataIter):
         self,
         fold: Fold,
         labels: NDArray[np.float32],
-        names: list[str],
         *,
         page: int,
         prefix: Path | None,
@@ -72,14 +71,13 @@ class _Chunks(xgb.DataIter):
         Args:
             fold: the rows.
             labels: (n,) or (n, outputs).
-            names: of the columns.
             page: rows at a time.
             prefix: how the files of external memory begin; None keeps all in RAM.
             held: whether to stop. An exception that XGBoost passes on must be raised here: it loses a
                 KeyboardInterrupt, takes the data to end there, and writes beyond its arrays.
         """
         self._held = held
-        self._fold, self._labels, self._names = fold, labels, names
+        self._fold, self._labels = fold, labels
         self._size = page
         self._next = iter(fold.chunks(self._size))
         super().__init__(cache_prefix=None if prefix is None else str(prefix), release_data=True)
@@ -91,7 +89,7 @@ class _Chunks(xgb.DataIter):
         if found is None:
             return False
         where, x = found
-        input_data(data=x, label=self._labels[where], feature_names=self._names)
+        input_data(data=x, label=self._labels[where])
         return True
 
     def reset(self) -> None:
@@ -261,7 +259,6 @@ class XGBoostHead(Head):
             chunks = _Chunks(
                 fold,
                 np.asarray(labels, dtype=np.float32),
-                column_names(self.blocks_),
                 page=page,
                 prefix=None if scratch is None else scratch / name,
                 held=held,
@@ -272,6 +269,7 @@ class XGBoostHead(Head):
                 nthread=self.settings.nthread or None,
                 ref=reference,
             )
+            matrix.feature_names = column_names(self.blocks_)  # once: checking thousands with each chunk takes long
             if weights is not None:
                 matrix.set_weight(
                     entry_weights(fold.target, weights)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featurecache.errors import FeatureCacheError
 from featurecache.joint.images import Batch
-from featurecache.joint.loop import Loop, own_generator
+from featurecache.joint.loop import Loop, own_generator, telling
 from featurecache.joint.schedule import HIGH, set_rates
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 100
@@ -99,9 +99,9 @@ def find_rate(loop: Loop) -> Curve:
     losses: list[float] = []
     rates = np.geomspace(LOWEST, HIGHEST, STEPS)
     task = "learning-rate finder"
-    loop.reporter.begin(task, STEPS, "steps")
     try:
-        with own_generator(loop.runner.device), closing(_batches(loop)) as stream:
+        told = telling(loop.reporter, task, STEPS, "steps")
+        with told, own_generator(loop.runner.device), closing(_batches(loop)) as stream:
             optimizer = loop.enter(phase)
             loop.unfreeze(phase, phase.last)
             wrapped = loop.runner.fabric.setup_optimizers(optimizer)
@@ -118,7 +118,6 @@ def find_rate(loop: Loop) -> Curve:
                 if not math.isfinite(losses[-1]) or smooth[-1] > DIVERGED * smooth.min():
                     break
     finally:
-        loop.reporter.end(task)
         loop.model.load_state_dict(before)
     kept = np.array(losses)[np.isfinite(losses)]
     if len(kept) < 3:

@@ -187,7 +187,11 @@ class Training:
         found = None
         if self.processes.rank == 0:
             found = choose(self.start, self.images, workers=self.workers, reporter=self.reporter)
-        return self.processes.same(found)  # type: ignore[return-value]
+        samples: Samples = self.processes.same(found)  # type: ignore[assignment]
+        if self.processes.rank:
+            for failure in samples.failed:
+                self.images.leave_out(failure)
+        return samples
 
     def plan(self, n: int) -> Plan:
         """How to train on `n` samples."""

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +29,13 @@ _VIEW_DROPOUT = 0x76696577  # tells the draw of view dropout apart from the othe
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that can't be used, and the image that is to blame: a row of failures.csv."""
+    """An image that can't be read, a row of failures.csv; `cell` is its row in the manifest's cells, -1 for none."""
 
     sample: int
     view: str
     path: str
     error: str
+    cell: int = -1
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,14 @@ class SampleImages:
         """(n_samples, n_views) bool: which views a sample has an image of."""
         return np.array([[bool(cells) for cells in self._cells[view]] for view in self.views], dtype=bool).T
 
+    def leave_out(self, failure: Failure) -> bool:
+        """Go on without an image that can't be read, as if it were missing; False where its sample has no other."""
+        kept = [cell for cell in self._cells[failure.view][failure.sample] if cell.index != failure.cell]
+        others = any(self._cells[view][failure.sample] for view in self.views if view != failure.view)
+        if kept or others:
+            self._cells[failure.view][failure.sample] = kept
+        return bool(kept or others)
+
     def shown(self, sample: int, epoch: int | None) -> Tensor:
         """(n_views,) bool: the views of a sample that the model gets to see, at least one of those it has."""
         present = torch.tensor([bool(self._cells[view][sample]) for view in self.views])
@@ -154,25 +164,32 @@ class SampleImages:
         for number, view in enumerate(self.views):
             if not shown[number]:
                 continue
-            setup, augmentation = self._setups[view], self._augmented(view, sample)
             for cell in self._cells[view][sample]:
                 payload = read_payload(cell)
                 if isinstance(payload, ReadFailure):
-                    return Failure(sample, view, cell.value, payload.message)
-                decoded = read(setup.reader, payload.data, json.loads(cell.selector))
-                if isinstance(decoded, ReadFailure):
-                    return Failure(sample, view, cell.value, decoded.message)
-                try:
-                    if augmentation is None or epoch is None:
-                        image = setup.preprocessing.apply(decoded)
-                    else:
-                        draw = augmentation.draw(self._seed, epoch, 0 if self._alike else sample)
-                        image = augmentation.apply(decoded, setup.preprocessing, draw, number)
-                except (ValueError, RuntimeError, MemoryError) as error:
-                    return Failure(sample, view, cell.value, f"can't be preprocessed: {error or 'out of memory'}")
+                    return Failure(sample, view, cell.value, payload.message, cell.index)
+                image = self._image(view, number, sample, json.loads(cell.selector), payload.data, epoch)
+                if isinstance(image, str):
+                    return Failure(sample, view, cell.value, image, cell.index)
                 images.setdefault(view, []).append(image)
                 keys.append(payload.key)
         return Loaded(sample, images, tuple(keys))
+
+    def _image(
+        self, view: str, number: int, sample: int, selector: Mapping[str, Any], data: bytes, epoch: int | None
+    ) -> Tensor | str:
+        """One image at its size, augmented where an epoch is given; or why there is none."""
+        setup, augmentation = self._setups[view], self._augmented(view, sample)
+        decoded = read(setup.reader, data, selector)
+        if isinstance(decoded, ReadFailure):
+            return decoded.message
+        try:
+            if augmentation is None or epoch is None:
+                return setup.preprocessing.apply(decoded)
+            draw = augmentation.draw(self._seed, epoch, 0 if self._alike else sample)
+            return augmentation.apply(decoded, setup.preprocessing, draw, number)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            return f"can't be preprocessed: {error or 'out of memory'}"
 
     def collate(self, items: Sequence[Loaded | Failure]) -> Batch:
         """One batch of what could be read, in order."""

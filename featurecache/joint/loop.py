@@ -172,7 +172,6 @@ class Loop:
         failed, rate = list(now.failed), now.rate
         shares = [self.processes.share(batch, plan.least) for step in steps[now.step :] for batch in step]
         task = f"epoch {epoch}/{self.epochs} ({phase.name} bodies)"
-        self.reporter.begin(task, sum(map(len, shares)), "samples")
         self.runner.module.train()
         self.loss.train()
 
@@ -180,40 +179,34 @@ class Loop:
             loss, weight = sums.tolist()
             return Within(step, loss, weight, rate, time.perf_counter() - started, failed)
 
-        try:
-            with closing(self.images.batches(shares, epoch=epoch, workers=plan.workers)) as stream:
-                for number in range(now.step, len(steps)):
-                    rate = max(rate, set_rates(optimizer, *one_cycle(before + number, most, plan.warm_up)))
-                    taken = self.stepper.take(stream, len(steps[number]), (plan.seed, epoch, number), wrapped)
-                    sums += taken.sums
-                    failed += map(vars, taken.failures)
-                    if self.average is not None:
-                        self.average.update()
-                    self.callback.on_step(before + number + 1, taken.sums[0] / taken.sums[1].clamp(min=1e-12), rate)
-                    if number + 1 < len(steps) and plan.every.due(number + 1, time.monotonic() - self.saved):
-                        self.save(replace(progress, within=asdict(reached(number + 1))), optimizer)
-                    self.reporter.advance(task, taken.samples)
-        finally:
-            self.reporter.end(task)
+        told = telling(self.reporter, task, sum(map(len, shares)), "samples")
+        with told, closing(self.images.batches(shares, epoch=epoch, workers=plan.workers)) as stream:
+            for number in range(now.step, len(steps)):
+                rate = max(rate, set_rates(optimizer, *one_cycle(before + number, most, plan.warm_up)))
+                taken = self.stepper.take(stream, len(steps[number]), (plan.seed, epoch, number), wrapped)
+                sums += taken.sums
+                failed += map(vars, taken.failures)
+                if self.average is not None:
+                    self.average.update()
+                self.callback.on_step(before + number + 1, taken.sums[0] / taken.sums[1].clamp(min=1e-12), rate)
+                if number + 1 < len(steps) and plan.every.due(number + 1, time.monotonic() - self.saved):
+                    self.save(replace(progress, within=asdict(reached(number + 1))), optimizer)
+                self.reporter.advance(task, taken.samples)
         return reached(len(steps))
 
     def judge(self, task: str) -> tuple[float, list[Failure]]:
         """Mean loss over the validation samples, of all processes; and what this one could not read."""
         mine = self.valid[self.processes.rank :: self.processes.count]
-        self.reporter.begin(task, len(mine), "samples")
         self.loss.eval()
         sums, failures = torch.zeros(3, device=self.runner.device), list[Failure]()
-        try:
-            with self.kept_weights():
-                for samples, outputs in self.runner.stream(
-                    self.images, mine, failures, batch_size=2 * self.plan.batch_size, workers=self.plan.workers,
-                    advance=lambda n: self.reporter.advance(task, n),
-                ):  # fmt: skip
-                    targets = self.stepper.targets[samples].to(outputs.device)
-                    sums[:2] += torch.stack(self.loss.sums(outputs, targets))
-                    sums[2] += len(samples)
-        finally:
-            self.reporter.end(task)
+        with telling(self.reporter, task, len(mine), "samples"), self.kept_weights():
+            for samples, outputs in self.runner.stream(
+                self.images, mine, failures, batch_size=2 * self.plan.batch_size, workers=self.plan.workers,
+                advance=lambda n: self.reporter.advance(task, n),
+            ):  # fmt: skip
+                targets = self.stepper.targets[samples].to(outputs.device)
+                sums[:2] += torch.stack(self.loss.sums(outputs, targets))
+                sums[2] += len(samples)
         total, weight, count = self.processes.total(sums).tolist()
         if not count:
             raise FeatureCacheError("none of the validation samples can be read")
@@ -261,6 +254,16 @@ class Loop:
         )
         state = State(progress, self.model.state_dict(), optimizer_tensors(optimizer, self.names), average)
         save_state(self.directory, state)
+
+
+@contextmanager
+def telling(reporter: Reporter, task: str, total: int, unit: str) -> Iterator[None]:
+    """Within it the task is under way, as the reporter knows it."""
+    reporter.begin(task, total, unit)
+    try:
+        yield
+    finally:
+        reporter.end(task)
 
 
 @contextmanager

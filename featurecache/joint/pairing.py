@@ -156,6 +156,10 @@ class PairImages(SampleImages):
         self.apart = samples
         return Samples(chosen, samples.splits[of], samples.groups[of], both, content, failed)
 
+    def leave_out(self, failure: Failure) -> bool:
+        """False: a sample has one image, and the pairs are made without it."""
+        return False
+
     def pair(self, samples: Samples) -> list[str]:
         """Learn from the chosen pairs which samples may be partners; returns an id for each of all pairs."""
         self._sides = []
@@ -180,12 +184,15 @@ class PairImages(SampleImages):
         number = FIXED if epoch is None else epoch
         with self._lock:
             if self._drawn is None or self._drawn[0] != number:
-                drawn = np.tile(np.arange(len(self.singles))[:, None], PAIRS)
-                for side, (here, partners) in enumerate(self._sides):
-                    for kind, found in enumerate(partners.draw(np.random.default_rng([self._seed, number, side]))):
-                        drawn[here, kind] = here[found]
-                self._drawn = (number, drawn)
+                self._drawn = (number, self._draw(number))
             return self._drawn[1]
+
+    def _draw(self, number: int) -> NDArray[np.int64]:
+        drawn = np.tile(np.arange(len(self.singles))[:, None], PAIRS)
+        for side, (here, partners) in enumerate(self._sides):
+            for kind, found in enumerate(partners.draw(np.random.default_rng([self._seed, number, side]))):
+                drawn[here, kind] = here[found]
+        return drawn
 
     def load(self, sample: int, epoch: int | None = None) -> Loaded | Failure:
         """Both images of a pair, as `SampleImages.load` gives those of a sample."""

@@ -46,10 +46,10 @@ class JointPrediction(NamedTuple):
     """What a joint run says about samples.
 
     Attributes:
-        sample_ids: (n,) those with an image whose images could all be read, in the manifest's order.
+        sample_ids: (n,) those with an image that could be read, in the manifest's order.
         scores: (n, classes), (n, labels) probabilities, NaN where a label was not trained; regression (n, targets).
         present: (n, n_views) bool: the views that each has.
-        failed: a row of failures.csv for each sample that could not be read.
+        failed: a row of failures.csv for each image that could not be read.
         files: (n,) of predicted masks, relative to what their folder lies in; of a dense run.
     """
 
@@ -153,7 +153,9 @@ def predict_joint(
     try:
         if isinstance(head, DecoderHead):
             return _predict_masks(run, runner, images, wanted, manifest, masks, **options)
-        rows, outputs, failed = runner.predict(images, wanted, **options)
+        rows, outputs, failed = _predict_present(runner, images, wanted, **options)
+        for failure in failed:
+            drawn.leave_out(failure)
         scores = joint_scores(head, outputs)
         for version in range(1, tta + 1):
             scores = scores + joint_scores(head, runner.predict(drawn, rows, epoch=version, **options)[1])
@@ -163,6 +165,19 @@ def predict_joint(
     ids = manifest.table["sample_id"].to_list()
     chosen = np.array([ids[row] for row in rows], dtype=np.str_)
     return JointPrediction(chosen, scores, images.present[rows], failure_rows(ids, failed))
+
+
+def _predict_present(
+    runner: Runner, images: SampleImages, wanted: NDArray[np.int64], **options: Any
+) -> tuple[NDArray[np.int64], torch.Tensor, list[Failure]]:
+    """As `Runner.predict`, but that an image that can't be read counts as missing where its sample has another."""
+    found = [runner.predict(images, wanted, **options)]
+    while again := [failure.sample for failure in found[-1][2] if images.leave_out(failure)]:
+        found.append(runner.predict(images, np.array(again, np.int64), **{**options, "advance": lambda n: None}))
+    rows = np.concatenate([part[0] for part in found])
+    order = np.argsort(rows)
+    outputs = [part[1] for part in found if len(part[0])] or [found[0][1]]
+    return rows[order], torch.cat(outputs)[torch.from_numpy(order)], [failure for part in found for failure in part[2]]
 
 
 def _predict_masks(

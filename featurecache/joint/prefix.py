@@ -152,6 +152,7 @@ class StoredMaps(SampleImages):
                 cells = self._store.resolve(binding, view, recipe_id=recipe, replica=number)
                 self._recipes[view].append(recipe)
                 self._rows[view].append(cells.grid(len(self)))
+        self._ordinals: list[int] = start.manifest.cells["ordinal"].to_list()
         self._keys = {
             (int(sample), str(view), int(ordinal)): key
             for sample, view, ordinal, key in binding.cells.select("sample", "view", "ordinal", "key").iter_rows()
@@ -168,7 +169,7 @@ class StoredMaps(SampleImages):
         for sample in map(int, samples):
             failure = self._failure(sample)
             keys = (
-                self._keys.get((sample, view, i)) for view in self.views for i in range(len(self._cells[view][sample]))
+                self._keys.get((sample, view, ordinal)) for view in self.views for ordinal in self._of(view, sample)
             )
             yield failure or Loaded(sample, {}, tuple(key for key in keys if key is not None))
 
@@ -205,7 +206,7 @@ class StoredMaps(SampleImages):
                 (position, ordinal)
                 for position, sample in enumerate(kept)
                 if bool(present[position, number])
-                for ordinal in range(len(self._cells[view][sample]))
+                for ordinal in self._of(view, sample)
             ]
             if places:
                 positions, ordinals = (np.array(part, dtype=np.int64) for part in zip(*places, strict=True))
@@ -243,12 +244,16 @@ class StoredMaps(SampleImages):
         assert out is not None  # called with at least one sample
         return torch.from_numpy(out)
 
+    def _of(self, view: str, sample: int) -> list[int]:
+        """The ordinals of a sample's images."""
+        return [self._ordinals[cell.index] for cell in self._cells[view][sample]]
+
     def _failure(self, sample: int) -> Failure | None:
-        """Why a sample can't be used, if it can't: it has an image that stage one could not read."""
+        """An image of a sample that stage one could not read, if there is one."""
         for view in self.views:
-            for ordinal, cell in enumerate(self._cells[view][sample]):
+            for cell, ordinal in zip(self._cells[view][sample], self._of(view, sample), strict=True):
                 if self._rows[view][0][sample, ordinal] < 0:
-                    return Failure(sample, view, cell.value, self._reason(view, sample, ordinal))
+                    return Failure(sample, view, cell.value, self._reason(view, sample, ordinal), cell.index)
         return None
 
     def _reason(self, view: str, sample: int, ordinal: int) -> str:

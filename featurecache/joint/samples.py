@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.amounts import counted
 from featurecache.config import SplitConfig
 from featurecache.data.splits import check_leaks, make_splits, sample_groups
 from featurecache.errors import FeatureCacheError, InputError
-from featurecache.joint.images import Failure, Loaded, SampleImages
+from featurecache.joint.images import Failure, SampleImages
 from featurecache.joint.start import Start
 from featurecache.progress import Reporter
 
@@ -31,7 +32,7 @@ class Samples:
         groups: what the split kept together, per row.
         present: (n, n_views) bool.
         content: per row the keys of its images.
-        failed: those that had to be left out since an image can't be read.
+        failed: images that can't be read, or could not later on: they count as missing, or else their sample is left out.
     """
 
     rows: NDArray[np.int64]
@@ -50,8 +51,8 @@ class Samples:
         """What is left when further samples turned out to be unreadable."""
         more = tuple(failed)
         keep = ~np.isin(self.rows, [failure.sample for failure in more])
-        known = {failure.sample for failure in self.failed}
-        fresh = tuple({f.sample: f for f in more if f.sample not in known}.values())
+        known = {(failure.sample, failure.view, failure.path) for failure in self.failed}
+        fresh = tuple({f.sample: f for f in more if (f.sample, f.view, f.path) not in known}.values())
         content = tuple(keys for keys, kept in zip(self.content, keep.tolist(), strict=True) if kept)
         arrays = (self.rows[keep], self.splits[keep], self.groups[keep], self.present[keep])
         return Samples(*arrays, content, (*self.failed, *fresh))
@@ -60,45 +61,65 @@ class Samples:
 def choose_samples(start: Start, images: SampleImages, *, workers: int, reporter: Reporter) -> Samples:
     """Read every image once and split what can be used.
 
-    A sample takes part if it has an image and all its images can be read; without a known target it is predicted only.
-    Reading all of them first finds what fails before hours of training, and the keys by which a split must not be torn.
+    A sample takes part if it has an image that can be read; one that can't counts as missing, as it does for a head on
+    cached features. Without a known target a sample is predicted only. Reading all of them first finds what fails before
+    hours of training, and the keys by which a split must not be torn.
 
     Raises:
         InputError: a view is missing and that is not allowed, the split is not valid, or no sample is left to train on.
     """
-    config, ids = start.config, start.manifest.table["sample_id"].to_list()
-    present = images.present
-    wanted = np.flatnonzero(present.any(axis=1))
-    lacking = wanted[~present[wanted].all(axis=1)]
-    if config.missing == "error" and len(lacking):
-        raise InputError(
-            f"{len(lacking)} samples lack one of {', '.join(images.views)} (first: {ids[lacking[0]]}), and "
-            "--missing error refuses that. Use --missing zero or drop."
-        )
-    if config.missing == "drop":
-        wanted = np.setdiff1d(wanted, lacking)
-    rows, failed, content = [], [], {}
+    wanted = _allowed(start, images, np.flatnonzero(images.present.any(axis=1)))
+    failed: list[Failure] = []
+    content: dict[int, tuple[str, ...]] = {}
     reporter.begin("read", len(wanted), "samples")
     try:
         for item in images.items(wanted, workers=workers):
-            if isinstance(item, Loaded):
-                rows.append(item.sample)
-                content[item.sample] = tuple(key.hex() for key in item.keys)
-            else:
+            while isinstance(item, Failure):
                 failed.append(item)
+                if not images.leave_out(item):
+                    break
+                [item] = images.items([item.sample])
+            else:
+                content[item.sample] = tuple(key.hex() for key in item.keys)
             reporter.advance("read", 1, status=f"{len(failed)} failed" if failed else "")
     finally:
         reporter.end("read")
-    if not rows:
+    kept = _allowed(start, images, np.array(list(content), dtype=np.int64))
+    if not len(kept):
         raise FeatureCacheError(
-            f"none of the {len(wanted)} samples with images can be read; the first: {failed[0].error}"
+            f"none of the {len(wanted)} samples with images can be used; the first: {failed[0].path}: {failed[0].error}"
             if failed
             else f"{start.manifest.path}: no sample has an image"
         )
-    kept = np.array(rows, dtype=np.int64)
-    keys = [content[row] for row in rows]
+    if failed:
+        reporter.note(_what_failed(failed, kept, start.manifest.table["sample_id"].to_list()))
+    keys = [content[row] for row in kept.tolist()]
     splits, groups = _split(start, kept, keys)
-    return Samples(kept, splits, groups, present[kept], tuple(keys), tuple(failed))
+    return Samples(kept, splits, groups, images.present[kept], tuple(keys), tuple(failed))
+
+
+def _allowed(start: Start, images: SampleImages, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of some samples that `--missing` admits, with what is missing by now."""
+    lacking = rows[~images.present[rows].all(axis=1)]
+    if start.config.missing == "error" and len(lacking):
+        raise InputError(
+            f"{len(lacking)} samples lack one of {', '.join(images.views)} "
+            f"(first: {start.manifest.table['sample_id'][int(lacking[0])]}), and "
+            "--missing error refuses that. Use --missing zero or drop."
+        )
+    found: NDArray[np.int64] = np.setdiff1d(rows, lacking) if start.config.missing == "drop" else rows
+    return found
+
+
+def _what_failed(failed: list[Failure], kept: NDArray[np.int64], ids: list[str]) -> str:
+    """What becomes of images that can't be read, in a line."""
+    first, out = failed[0], {failure.sample for failure in failed} - set(kept.tolist())
+    which = f"{counted(len(failed), 'image')} can't be read (first: {ids[first.sample]}, {first.view}: {first.error})"
+    if not out:
+        return f"{which}: missing views of their samples"
+    return f"{which}: missing views of their samples; {counted(len(out), 'sample')} left out: {ids[min(out)]}" + (
+        " and others" if len(out) > 1 else ""
+    )
 
 
 def _split(start: Start, kept: NDArray[np.int64], content: list[tuple[str, ...]]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -24,6 +24,7 @@ from featurecache.rundir.files import ABOUT
 from featurecache.rundir.fitrecord import read_about
 from featurecache.rundir.flow import flow_record
 from featurecache.rundir.mistakes import single_views, write_mistakes
+from featurecache.rundir.notes import run_notes
 from featurecache.rundir.results import Results
 
 
@@ -42,8 +43,10 @@ def samples_record(start: Start, images: SampleImages, samples: Samples) -> dict
         sides=samples.splits,
         content=samples.content,
         unreadable={ids[failure.sample] for failure in samples.failed},
+        targets=start.target.names,
     )
-    return {**found, "missing": start.config.missing}
+    notes = run_notes(found, start.target.subset(rows), start.config.task)
+    return {**found, "notes": notes, "missing": start.config.missing}
 
 
 def views_alone(

@@ -38,9 +38,9 @@ def _malloc_trim() -> Any:
 def _available() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+            said = next((line.split()[1] for line in file if line.startswith("MemAvailable:")), None)
+        if said is not None:
+            return int(said) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None

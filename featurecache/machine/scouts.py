@@ -31,7 +31,7 @@ RECORD = np.dtype(
     ]
 )  # fmt: skip
 """`featurecache.machine.scout.RECORD` as numpy has it."""
-BLOCK = 512  # files to a question
+BLOCK = {"look": 4096, "read": 512}  # files to a question: what takes about as long as asking it or longer
 WORTH_IT = 5_000  # files below which starting processes takes as long as looking
 PATIENCE = 300.0  # seconds without any answer
 FAREWELL = 1.0  # seconds for a process that was killed to be gone
@@ -67,7 +67,7 @@ def ask(what: Literal["look", "read"], paths: pl.Series, processes: int) -> Answ
         paths: (n,) text without nulls.
         processes: how many look.
     """
-    blocks = _Blocks(paths)
+    blocks = _Blocks(paths, BLOCK[what])
     answers: SimpleQueue[tuple[int, Records] | None] = SimpleQueue()
     crew = [found for _ in range(processes) if (found := _start(what)) is not None]
     for process in crew:
@@ -116,9 +116,9 @@ def _start(what: str) -> subprocess.Popen[bytes] | None:
 class _Blocks:
     """Blocks of paths, each given to one process only."""
 
-    def __init__(self, paths: pl.Series) -> None:
-        self._paths, self._lock = paths, Lock()
-        self._starts = iter(range(0, len(paths), BLOCK))
+    def __init__(self, paths: pl.Series, size: int) -> None:
+        self._paths, self._size, self._lock = paths, size, Lock()
+        self._starts = iter(range(0, len(paths), size))
 
     def __iter__(self) -> Iterator[tuple[int, int, bytes]]:
         """(first, number of paths, as a process is asked) of the blocks that nobody has taken."""
@@ -127,7 +127,7 @@ class _Blocks:
                 start = next(self._starts, None)
             if start is None:
                 return
-            block = self._paths[start : start + BLOCK]
+            block = self._paths[start : start + self._size]
             text = os.fsencode(block.str.join("\0").item())
             if text.count(b"\0") == len(block) - 1:  # a zero byte can stand in a table, if not in the name of a file
                 yield start, len(block), len(text).to_bytes(scout.LENGTH, "little") + text

@@ -45,9 +45,8 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines)
 
 
-def _card(directory: Path, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    title = directory.name.removesuffix(".tmp")
-    splits = [name for name in ("test", "valid", "train") if name in metrics]
+def _figures(record: Mapping[str, Any], metrics: Mapping[str, Any], splits: list[str]) -> str:
+    """A table with a row per metric and a column per split."""
     names = dict.fromkeys(
         name
         for split in splits
@@ -62,22 +61,38 @@ def _card(directory: Path, record: Mapping[str, Any], metrics: Mapping[str, Any]
             bounds = interval((metrics[split].get("intervals") or {}).get(name))
             cells.append(number(metrics[split].get(name)) + (f" ({bounds})" if bounds else ""))
         rows.append([metric_name(name), *cells])
-    bootstrap = metrics["bootstrap"]
+    return _table(["", *(split_name(record, split) for split in splits)], rows)
+
+
+def _decided(record: Mapping[str, Any]) -> str:
+    """The decision threshold."""
     threshold = record.get("threshold") or {}
-    decided = "none (not a yes-or-no question)"
-    if (value := threshold.get("value")) is not None:
-        shown = "one per label, see run.json" if isinstance(value, Mapping) else number(value)
-        decided = f"{shown} (rule {escape(threshold['rule'])}, chosen on {escape(chosen_on(record))} samples)"
-    views = []
+    if (value := threshold.get("value")) is None:
+        return "none (not a yes-or-no question)"
+    shown = "one per label, see run.json" if isinstance(value, Mapping) else number(value)
+    return f"{shown} (rule {escape(threshold['rule'])}, chosen on {escape(chosen_on(record))} samples)"
+
+
+def _views(record: Mapping[str, Any]) -> str:
+    """A table with a row per view."""
+    rows = []
     for view, recipe in record["recipes"].items():
-        shown = str(recipe["recipe"]["body"]["architecture"])
+        body = str(recipe["recipe"]["body"]["architecture"])
         taps = ", ".join(tap_text(tap) for tap in recipe["recipe"]["taps"])
-        views.append([escape(view), escape(shown), escape(taps), f"`{recipe['digest'][:16]}`"])
+        rows.append([escape(view), escape(body), escape(taps), f"`{recipe['digest'][:16]}`"])
+    return _table(["view", "body", "tap", "recipe"], rows)
+
+
+def _card(directory: Path, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    title = directory.name.removesuffix(".tmp")
+    splits = [name for name in ("test", "valid", "train") if name in metrics]
     split = splits[0] if splits else ""
+    bootstrap = metrics["bootstrap"]
     known = about_of(directory)
     about = "\n".join(f"- **{title}**: {escape(getattr(known, name)) or MISSING}" for name, title in STATED.items())
     classes = ", ".join(map(escape, record["classes"])) or "none"
-    command = (f"```sh\n{record['command']}\n```" if record.get("command") else "Made from Python.") + "\n"
+    language = "python" if str(record.get("command")).startswith("featurecache.") else "sh"
+    command = (f"```{language}\n{record['command']}\n```" if record.get("command") else "Made from Python.") + "\n"
     unit = (
         f"95 % intervals: bootstrap over {bootstrap['unit']}s, {bootstrap['n']:,} resamples, seed {bootstrap['seed']}."
     )
@@ -92,19 +107,19 @@ tags: [image-features, {record["task"]}]
 
 ## Figures
 
-{_table(["", *(split_name(record, split) for split in splits)], rows)}
+{_figures(record, metrics, splits)}
 
 {unit if bootstrap["n"] else "No intervals were computed."}
 
 - Targets: {", ".join(map(escape, record["targets"]))}
 - Classes: {classes}
-- Decision threshold: {decided}
+- Decision threshold: {_decided(record)}
 
 Per-sample predictions are in `predictions.csv`, the split in `splits.csv`, curves in `report.html`.
 
 ## Views
 
-{_table(["view", "body", "tap", "recipe"], views)}
+{_views(record)}
 
 ## Made with
 

@@ -169,30 +169,11 @@ def explain(
         artist = Artist(run, network, head, method, choose_output(run, output), layer, seed)
         manifest = read_manifest(config)
         rows = choose_samples(manifest, samples)
-        images = SampleImages(manifest, setups)
         workers = (os.cpu_count() or 1) if (given := whole(new.workers)) == "auto" else given
         folder = run.path / FOLDER if out is None else Path(out)
         made = Path(scratch) / FOLDER
         made.mkdir()
-        entries: list[dict[str, Any]] = []
-        failures: list[dict[str, str]] = []
-        reporter.begin("explain", len(rows), "samples")
-        try:
-            loaded = images.items(rows, workers=workers, ahead=workers)
-            for number, (row, found) in enumerate(zip(rows, loaded, strict=True)):
-                name = str(manifest.table["sample_id"][row])
-                if isinstance(found, Failure):
-                    failures.append({"sample_id": name, "view": found.view, "path": found.path, "error": found.error})
-                elif network.pictured(found.images):
-                    shown = {view: some[0].contiguous() for view, some in found.images.items()}
-                    file = f"{number:03d}-{_UNSAFE.sub('_', name)[:60]}.png"
-                    about = {"sample_id": name, "file": file, "target": target_text(run, manifest, row)}
-                    entries.append({**about, **artist.draw(shown, about, made / file)})
-                else:
-                    failures.append({"sample_id": name, "view": "", "path": "", "error": "has no image of the views"})
-                reporter.advance("explain", 1)
-        finally:
-            reporter.end("explain")
+        entries, failures = _draw_all(artist, manifest, rows, made, workers, reporter)
         if not entries:
             first = failures[0] if failures else {"sample_id": "?", "error": "no samples"}
             raise FeatureCacheError(f"nothing to explain: sample {first['sample_id']}: {first['error']}")
@@ -200,6 +181,32 @@ def explain(
         (made / LISTING).write_text(json.dumps(listing, indent=1, ensure_ascii=False), encoding="utf-8")
         _publish(made, folder)
     return Explained(folder, entries, failures, notes)
+
+
+def _draw_all(
+    artist: Artist, manifest: Manifest, rows: Sequence[int], folder: Path, workers: int, reporter: Reporter
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Draw these samples into a folder; entries of explain.json, and rows of failures.csv."""
+    entries: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    reporter.begin("explain", len(rows), "samples")
+    try:
+        loaded = SampleImages(manifest, artist.network.setups).items(rows, workers=workers, ahead=workers)
+        for number, (row, found) in enumerate(zip(rows, loaded, strict=True)):
+            name = str(manifest.table["sample_id"][row])
+            if isinstance(found, Failure):
+                failures.append({"sample_id": name, "view": found.view, "path": found.path, "error": found.error})
+            elif artist.network.pictured(found.images):
+                shown = {view: some[0].contiguous() for view, some in found.images.items()}
+                file = f"{number:03d}-{_UNSAFE.sub('_', name)[:60]}.png"
+                about = {"sample_id": name, "file": file, "target": target_text(artist.run, manifest, row)}
+                entries.append({**about, **artist.draw(shown, about, folder / file)})
+            else:
+                failures.append({"sample_id": name, "view": "", "path": "", "error": "has no image of the views"})
+            reporter.advance("explain", 1)
+    finally:
+        reporter.end("explain")
+    return entries, failures
 
 
 def load_network(

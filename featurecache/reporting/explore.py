@@ -19,7 +19,7 @@ from featurecache.errors import InputError
 from featurecache.reporting.embedding import alike_pairs, neighbours
 from featurecache.reporting.explorefields import HELD_OUT, Column, suspects
 from featurecache.reporting.explorefile import write_map
-from featurecache.reporting.exploremap import POINTS, Method, Said, check_columns, describe, make_map, match
+from featurecache.reporting.exploremap import POINTS, Map, Method, Said, check_columns, describe, make_map, match
 from featurecache.reporting.report import environment
 from featurecache.reporting.thumbnails import Picture, Pictures, fitting
 from featurecache.run import Run
@@ -112,14 +112,7 @@ def explore(
     pairs = alike_pairs(nearest, cosine, alike)
     found = None if said is None else said.of(rows)
     doubts = [] if said is None or found is None else suspects(found, said.threshold(found), ids)
-    data = {
-        "ids": ids.tolist(),
-        "views": list(dataset.views),
-        "xy": np.round(scaled(made.xy), 5).tolist(),
-        "fields": [column.to_json() for column in columns],
-        "near": nearest[:, :near].tolist(),
-        "cosine": np.round(cosine[:, :near].astype(np.float64), 3).tolist(),
-        "pictures": picture_json(shown, dataset.views),
+    data = _samples(dataset, made, columns, shown, nearest[:, :near], cosine[:, :near]) | {
         "duplicates": [pair_json(dataset, rows, pair, columns) for pair in pairs[:LISTED]],
         "suspects": [[doubt.row, doubt.given, doubt.said, round(doubt.score, 3)] for doubt in doubts[:LISTED]],
     }
@@ -149,6 +142,26 @@ def explore(
     return Explored(
         out, len(dataset), len(rows), count, pixels if count else 0, len(pairs), len(doubts), variance, notes, table
     )
+
+
+def _samples(
+    dataset: FeatureDataset,
+    made: Map,
+    columns: Sequence[Column],
+    shown: list[list[Picture]],
+    nearest: NDArray[np.int64],
+    cosine: NDArray[np.float32],
+) -> dict[str, Any]:
+    """What the page holds of each of its samples."""
+    return {
+        "ids": dataset.sample_ids[made.rows].tolist(),
+        "views": list(dataset.views),
+        "xy": np.round(scaled(made.xy), 5).tolist(),
+        "fields": [column.to_json() for column in columns],
+        "near": nearest.tolist(),
+        "cosine": np.round(cosine.astype(np.float64), 3).tolist(),
+        "pictures": picture_json(shown, dataset.views),
+    }
 
 
 def check_free(path: Path | None, overwrite: bool) -> None:

@@ -32,10 +32,13 @@ def metrics(material: Material) -> dict[str, Any] | None:
     ]
     rows = _metric_rows([material.metrics[name] for name in splits])
     baseline = ""
-    figures = material.figures
-    if material.record["task"] == "binary" and figures.get("n"):
+    figures, task = material.figures, material.record["task"]
+    if task == "binary" and figures.get("n"):
         share = figures["events"] / figures["n"]
         baseline = f"Average precision is {number(share)} for a model that guesses: the prevalence."
+    elif task == "multiclass" and figures.get("average_precision") is not None:
+        share = 1 / len(np.unique(material.part.true))  # the mean over the classes that are there of their shares
+        baseline = f"Average precision is {number(share)} for a model that guesses: the mean prevalence of the classes."
     return {
         "columns": columns,
         "rows": rows,
@@ -188,11 +191,13 @@ def curves(material: Material) -> dict[str, Any] | None:
     if part.task == "regression":
         made: list[plots.Plot | None] = [*plots.regression_plots(part, name)]
     else:
-        asked = {str(curve["label"]): curve for curve in material.json("curves.json").get("curves", ())}
+        kept = material.json("curves.json")
+        asked = {str(curve["label"]): curve for curve in kept.get("curves", ())}
+        reliability = kept.get("reliability")
         made = [
             drawn.roc_plot(part, name, asked),
             drawn.pr_plot(part, name, asked),
-            plots.calibration_plot(part, name),
+            drawn.calibration_plot(reliability, part.task, name) if reliability else None,
             drawn.benefit_plot(asked, name),
         ]
     found = [plot for plot in made if plot is not None]

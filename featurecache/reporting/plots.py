@@ -37,7 +37,7 @@ _RC: dict[Any, Any] = {
 }  # fmt: skip
 MOST_POINTS = 1000  # of a scatter plot; more make the page heavy and show no more
 MOST_CURVES = len(SERIES)
-BINS = 15  # of the reliability diagram: those of the calibration error in metrics.json
+MOST_TARGETS = 6  # of a regression
 
 
 @dataclass(frozen=True)
@@ -116,54 +116,6 @@ def unit_square(axes: Axes, x: str, y: str) -> None:
     axes.set_yticks(np.linspace(0, 1, 6))
 
 
-def calibration_plot(predictions: Predictions, split: str, *, bins: int = BINS) -> Plot | None:
-    """Reliability diagram over a histogram of the probabilities.
-
-    Binary: of the positive class. Multiclass: of the predicted class against its being right. Multilabel: all labels.
-    """
-    if predictions.task == "regression" or not len(predictions.sample_ids):
-        return None
-    if predictions.task == "multiclass":
-        chosen = predictions.scores.argmax(axis=1)
-        probability, right = predictions.scores.max(axis=1), chosen == predictions.true
-        what, note = "predicted class correct", "Probability of the predicted class against how often it is right."
-    else:
-        score, true = (
-            (predictions.scores[:, 1], predictions.true.astype(float))
-            if predictions.task == "binary"
-            else (predictions.scores.ravel(), predictions.true.ravel())
-        )
-        known = np.isfinite(score) & np.isfinite(true)
-        probability, right = score[known], true[known] > 0.5
-        what = "observed frequency"
-        note = "All labels together." if predictions.task == "multilabel" else ""
-    if not len(probability):
-        return None
-    which = np.clip((probability * bins).astype(int), 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
-    used = np.flatnonzero(count)
-    mean = np.bincount(which, probability, minlength=bins)[used] / count[used]
-    rate = np.bincount(which, right, minlength=bins)[used] / count[used]
-    error = float((count[used] * np.abs(mean - rate)).sum() / count.sum())
-    with style():
-        figure = Figure(figsize=(4.6, 3.7), layout="constrained")
-        grid = figure.add_gridspec(2, 1, height_ratios=(3.4, 1))
-        axes, below = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
-        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.plot(mean, rate, color=SERIES[0], linewidth=1, alpha=0.6)
-        axes.scatter(mean, rate, s=10 + 70 * count[used] / count.max(), color=SERIES[0], linewidths=0, zorder=3)
-        unit_square(axes, "", what)
-        axes.tick_params(labelbottom=False)
-        below.bar((np.arange(bins) + 0.5) / bins, count, width=0.92 / bins, color=SERIES[0], alpha=0.55)
-        below.set(xlim=(-0.01, 1.01), xlabel="predicted probability", ylabel="samples")
-        below.set_xticks(np.linspace(0, 1, 6))
-        below.locator_params(axis="y", nbins=2)
-        alt = f"Reliability diagram on {split} samples: mean gap between probability and frequency {error:.3f}"
-        svg = to_svg(figure, alt, "calibration")
-    note = f"{note} Mean gap over {bins} equal bins {error:.3f}; below, how many samples."
-    return Plot("Calibration", svg, note.strip())
-
-
 def learning_plots(columns: dict[str, NDArray[np.float64]]) -> list[Plot]:
     """Learning curves: losses in one figure, other figures between 0 and 1 in a second.
 
@@ -214,10 +166,10 @@ def confusion_plot(matrix: NDArray[np.int64], split: str) -> Plot:
     return Plot("Confusion matrix", svg, "Shares of each true class, in the order of the table.")
 
 
-def regression_plots(predictions: Predictions, split: str, *, most: int = 6) -> list[Plot]:
-    """For each target (the first `most`): predicted against true values, and residuals against predictions."""
+def regression_plots(predictions: Predictions, split: str) -> list[Plot]:
+    """For each target (the first six): predicted against true values, and residuals against predictions."""
     plots = []
-    for column, name in enumerate(predictions.names[:most]):
+    for column, name in enumerate(predictions.names[:MOST_TARGETS]):
         true, value = predictions.true[:, column], predictions.scores[:, column]
         known = np.flatnonzero(np.isfinite(true) & np.isfinite(value))
         if not len(known):

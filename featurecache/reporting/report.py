@@ -68,12 +68,10 @@ def write_report(directory: str | Path, record: Mapping[str, Any] | None = None,
     return path
 
 
-def write_evaluation_report(
-    directory: Path, run: Path, record: Mapping[str, Any], *, name: str, images: bool = True
-) -> Path:
+def write_evaluation_report(directory: Path, run: Path, record: Mapping[str, Any], *, name: str) -> Path:
     """The same for an evaluation: `directory` is its folder, `run` and `record` are those of the run."""
     path = directory / "report.html"
-    path.write_text(page(read_material(directory, record, images=images, run=run), name), encoding="utf-8")
+    path.write_text(page(read_material(directory, record, run=run), name), encoding="utf-8")
     return path
 
 
@@ -100,6 +98,7 @@ def page(material: Material, title: str) -> str:
         measured=how_measured(record) if material.evaluation is None else origin.how_evaluated(material),
         facts=origin.facts(material),
         split=material.split_name,
+        figures=material.figures,
         cards=_cards(record, material.figures),
         sections=made,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from featurecache.errors import RunError
-from featurecache.rundir.predictions import Predictions, Threshold, read_text
+from featurecache.rundir.predictions import TEXT, Predictions, Threshold, numbers, read_text, refusing, text_columns
 from featurecache.rundir.predictions import read_predictions as read_plain
 
 __all__ = ["DensePredictions", "Predictions", "read_predictions"]
@@ -41,6 +40,10 @@ class DensePredictions(Predictions):
         """None: there is a decision per pixel, and no score per sample."""
         return []
 
+    def confidences(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """None, for the same reason."""
+        return np.empty(0), np.empty(0, bool)
+
     def decisions(self, threshold: Threshold = None) -> NDArray[Any]:
         """(n,) int64, the class that most pixels were said to be of."""
         return np.asarray(self.scores[..., 0].argmax(axis=1), dtype=np.int64)
@@ -54,13 +57,7 @@ class DensePredictions(Predictions):
 
     def table(self, threshold: Threshold = None) -> pl.DataFrame:
         """sample_id, group, split, views, mask, then per class pixels, said, right, iou and dice."""
-        columns: dict[str, pl.Series] = {
-            name: pl.Series(values.tolist(), dtype=pl.String)
-            for name, values in (
-                ("sample_id", self.sample_ids), ("group", self.groups), ("split", self.splits), ("views", self.views),
-                ("mask", self.masks),
-            )
-        }  # fmt: skip
+        columns = self._text() | {"mask": pl.Series(self.masks.tolist(), dtype=pl.String)}
         counts = [self.true, self.scores[..., 0], self.scores[..., 1]]
         shares = {name: self.overlap(name) for name in ("iou", "dice")}
         for number, label in enumerate(self.classes):
@@ -79,24 +76,10 @@ def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
     """
     if record.get("task") != "dense":
         return read_plain(directory, record)
-    path = directory / "predictions.csv"
-    try:
+    with refusing(directory) as path:
         table = read_text(path)
         names, classes = tuple(record["targets"]), tuple(record["classes"])
-        text = [
-            table[name].fill_null("").to_numpy().astype(np.str_)
-            for name in ("sample_id", "group", "split", "views", "mask")
-        ]
-        true, said, right = (_numbers(table, [f"{name}:{label}" for label in classes]) for name in COUNTS)
-    except FileNotFoundError:
-        raise RunError(f"{directory}: predictions.csv is missing") from None
-    except (pl.exceptions.PolarsError, KeyError, ValueError) as error:
-        raise RunError(f"{path}: not the predictions of this run: {error}") from None
-    ids, groups, splits, views, masks = text
+        true, said, right = (numbers(table, [f"{name}:{label}" for label in classes]) for name in COUNTS)
+        ids, groups, splits, views, masks = text_columns(table, (*TEXT, "mask"))
     scores = np.stack([said, right], axis=2)
     return DensePredictions("dense", names, classes, true, scores, ids, groups, splits, views, masks=masks)
-
-
-def _numbers(table: pl.DataFrame, columns: Sequence[str]) -> NDArray[np.float64]:
-    values = [table[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in columns]
-    return np.column_stack(values) if values else np.empty((table.height, 0))

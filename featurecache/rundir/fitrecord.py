@@ -27,6 +27,7 @@ from featurecache.rundir.densepredictions import DensePredictions
 from featurecache.rundir.files import ABOUT
 from featurecache.rundir.flow import flow_record
 from featurecache.rundir.mistakes import write_mistakes
+from featurecache.rundir.notes import run_notes
 from featurecache.rundir.predictions import Predictions
 from featurecache.rundir.results import Results, finish_run
 
@@ -165,7 +166,7 @@ def dataset_record(dataset: FeatureDataset, divide: SplitConfig) -> dict[str, An
 def flow_of(
     dataset: FeatureDataset, divide: SplitConfig, predictions: Predictions, sides: NDArray[Any]
 ) -> dict[str, Any]:
-    """`flow_record` of a dataset whose samples all have predictions, and what became of missing views."""
+    """`flow_record` of a dataset whose samples all have predictions, notes on it, and what became of missing views."""
     found = flow_record(
         dataset.binding.table,
         divide.group,
@@ -176,8 +177,10 @@ def flow_of(
         sides=sides,
         content=dataset.content,
         unreadable={name for names in dataset.failed.values() for name in names},
+        targets=target_of(dataset).names,
     )
-    return {**found, "missing": dataset.missing}
+    notes = run_notes(found, target_of(dataset), dataset.target_config["task"])
+    return {**found, "notes": notes, "missing": dataset.missing}
 
 
 def read_about(path: Path | None) -> str:

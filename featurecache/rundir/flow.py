@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from featurecache.data.likely import likely_group
 from featurecache.data.splits import SPLITS, Content, group_column, sample_groups
 
 UNREADABLE, NO_LABEL, NO_VIEW, NO_SPLIT = "unreadable image", "no known label", "missing view", "in no split"
@@ -25,6 +26,7 @@ def flow_record(
     sides: NDArray[Any],
     content: Content,
     unreadable: Collection[str],
+    targets: Collection[str] = (),
 ) -> dict[str, Any]:
     """What run.json says of how many samples there are at each step, and of leaks between the sides.
 
@@ -38,6 +40,7 @@ def flow_record(
         sides: (n,) the same; in a cross-validation the number of the fold that tested each.
         content: per sample the keys of its images.
         unreadable: ids of samples of the manifest that have an image that can't be read.
+        targets: columns that are predicted.
     """
     flow = sample_flow(
         table["sample_id"].to_list(),
@@ -47,7 +50,11 @@ def flow_record(
         known=[name for name, told in zip(ids, known.tolist(), strict=True) if told],
         split=dict(zip(ids, splits.tolist(), strict=True)),
     )
-    return {"flow": flow, "leak_check": leak_check(sides, groups, content, level=group_column(table, group))}
+    level = group_column(table, group)
+    check = leak_check(sides, groups, content, level=level)
+    column = likely_group(table, ("sample_id", *targets)) if level is None else None
+    check["likely"] = torn_values(table, column, ids, sides) if column is not None else None
+    return {"flow": flow, "leak_check": check}
 
 
 def sample_flow(
@@ -132,3 +139,21 @@ def leak_check(sides: NDArray[Any], groups: NDArray[Any], content: Content, *, l
         "torn_images": sum(len(held) > 1 for held in images.values()),
         "without_hash": unknown,
     }
+
+
+def torn_values(table: pl.DataFrame, column: str, ids: Sequence[str], sides: NDArray[Any]) -> dict[str, Any]:
+    """How many values of a column are on more than one side, where a split was not told to keep them together.
+
+    Args:
+        table: all samples of the manifest.
+        column: of the table.
+        ids: (n,) of samples.
+        sides: (n,) as for `leak_check`.
+
+    Returns:
+        `column`; `values`, distinct ones of the samples that are used; `torn`, those on more than one side.
+    """
+    used = pl.DataFrame({"sample_id": list(ids), "side": [str(side) for side in sides.tolist()]})
+    values = used.filter(pl.col("side") != "").join(table.select("sample_id", of=column), on="sample_id")
+    spread = values.drop_nulls("of").group_by("of").agg(pl.col("side").n_unique())["side"]
+    return {"column": column, "values": len(spread), "torn": int((spread > 1).sum())}

@@ -12,6 +12,7 @@ from PIL import Image
 
 FOLDER = "masks"  # of a run
 SHOWN = "test"  # the split whose masks a run keeps; `predict` gives those of any samples
+TOGETHER = 64  # masks in RAM at a time
 
 
 class MaskFolder:
@@ -50,9 +51,9 @@ def read_mask(path: Path, classes: Sequence[str]) -> NDArray[np.uint8]:
 
 
 def read_in_parts(
-    base: Path, names: Sequence[str], classes: Sequence[str], size: int = 64
+    base: Path, names: Sequence[str], classes: Sequence[str]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
     """Positions and masks (k, height, width) of such files, some at a time."""
-    for start in range(0, len(names), size):
-        part = names[start : start + size]
+    for start in range(0, len(names), TOGETHER):
+        part = names[start : start + TOGETHER]
         yield np.arange(start, start + len(part)), np.stack([read_mask(base / name, classes) for name in part])

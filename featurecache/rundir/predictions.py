@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from featurecache.errors import RunError
 from featurecache.rundir.cut import Threshold, recorded_threshold, threshold_of
 
-__all__ = ["Predictions", "Threshold", "read_predictions", "read_text"]
+__all__ = ["TEXT", "Predictions", "Threshold", "numbers", "read_predictions", "read_text", "refusing", "text_columns"]
+
+TEXT = ("sample_id", "group", "split", "views")  # the columns that every predictions.csv begins with
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,21 @@ class Predictions:
                 found.append((label, column, rows, positive))
         return found
 
+    def confidences(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """(m,) probabilities and whether what they were given for is so, over the known samples.
+
+        Binary: of the positive class. Multiclass: of the predicted class. Multilabel: of all labels together.
+        """
+        if self.task == "multiclass":
+            score, right = self.scores.max(axis=1), (self.scores.argmax(axis=1) == self.true).astype(np.float64)
+            right[self.true < 0] = np.nan
+        elif self.task == "binary":
+            score, right = self.scores[:, 1], np.where(self.true >= 0, self.true, np.nan)
+        else:
+            score, right = self.scores.ravel(), self.true.ravel()
+        known = np.isfinite(score) & np.isfinite(right)
+        return score[known], right[known] > 0.5
+
     def decisions(self, threshold: Threshold = None) -> NDArray[Any]:
         """What the model decides.
 
@@ -107,14 +125,13 @@ class Predictions:
         cut = np.stack(limits, axis=1)
         return np.where(np.isfinite(self.scores), (self.scores >= cut).astype(np.float64), np.nan)
 
+    def _text(self) -> dict[str, pl.Series]:
+        values = (self.sample_ids, self.groups, self.splits, self.views)
+        return {name: pl.Series(found.tolist(), dtype=pl.String) for name, found in zip(TEXT, values, strict=True)}
+
     def table(self, threshold: Threshold = None) -> pl.DataFrame:
         """The columns of predictions.csv: sample_id, group, split, views, target, prediction, scores, fold."""
-        columns: dict[str, pl.Series] = {
-            name: pl.Series(values.tolist(), dtype=pl.String)
-            for name, values in (
-                ("sample_id", self.sample_ids), ("group", self.groups), ("split", self.splits), ("views", self.views)
-            )
-        }  # fmt: skip
+        columns = self._text()
         decided = self.decisions(threshold)
         if self.classes:
             labels = [*self.classes, None]  # index -1
@@ -138,6 +155,18 @@ def _columns(what: str, task: str, names: Sequence[str]) -> list[str]:
     return [what] if task == "regression" and len(names) == 1 else [f"{what}:{name}" for name in names]
 
 
+@contextmanager
+def refusing(directory: Path) -> Iterator[Path]:
+    """The predictions.csv of a directory; what goes wrong while it is read becomes a RunError that names it."""
+    path = directory / "predictions.csv"
+    try:
+        yield path
+    except FileNotFoundError:
+        raise RunError(f"{directory}: predictions.csv is missing") from None
+    except (pl.exceptions.PolarsError, csv.Error, KeyError, ValueError) as error:
+        raise RunError(f"{path}: not the predictions of this run: {error}") from None
+
+
 def read_text(path: Path) -> pl.DataFrame:
     """A CSV file, every column as text; polars 2.1 leaves the quotes within a name of a column doubled."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -145,6 +174,17 @@ def read_text(path: Path) -> pl.DataFrame:
     table = pl.read_csv(path, infer_schema=False)
     table.columns = names
     return table
+
+
+def text_columns(table: pl.DataFrame, columns: Sequence[str]) -> list[NDArray[np.str_]]:
+    """Columns of a table of text, (n,) each, '' where it is empty."""
+    return [table[name].fill_null("").to_numpy().astype(np.str_) for name in columns]
+
+
+def numbers(table: pl.DataFrame, columns: Sequence[str]) -> NDArray[np.float64]:
+    """(n, columns) of a table of text, NaN where it is empty."""
+    values = [table[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in columns]
+    return np.column_stack(values) if values else np.empty((table.height, 0))
 
 
 def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
@@ -157,30 +197,16 @@ def read_predictions(directory: Path, record: Mapping[str, Any]) -> Predictions:
     Raises:
         RunError: it is missing, lacks a column or holds what it can't hold.
     """
-    path = directory / "predictions.csv"
-    try:
+    with refusing(directory) as path:
         table = read_text(path)
         task, names, classes = str(record["task"]), tuple(record["targets"]), tuple(record["classes"])
-        text = {
-            name: table[name].fill_null("").to_numpy().astype(np.str_)
-            for name in ("sample_id", "group", "split", "views")
-        }
-
-        def numbers(columns: Sequence[str]) -> NDArray[np.float64]:
-            values = [table[name].cast(pl.Float64).fill_null(float("nan")).to_numpy() for name in columns]
-            return np.column_stack(values) if values else np.empty((table.height, 0))
-
         if classes:
             index = {None: -1, **{label: number for number, label in enumerate(classes)}}
             true: NDArray[Any] = np.array([index[label] for label in table["target"]], dtype=np.int64)
         else:
-            true = numbers(_columns("target", task, names))
+            true = numbers(table, _columns("target", task, names))
         scored = [f"p:{label}" for label in classes or names]
-        scores = numbers(_columns("prediction", task, names) if task == "regression" else scored)
+        scores = numbers(table, _columns("prediction", task, names) if task == "regression" else scored)
         folds = table["fold"].cast(pl.Int64).to_numpy() if "fold" in table.columns else None
-    except FileNotFoundError:
-        raise RunError(f"{directory}: predictions.csv is missing") from None
-    except (pl.exceptions.PolarsError, csv.Error, KeyError, ValueError) as error:
-        raise RunError(f"{path}: not the predictions of this run: {error}") from None
-    ids = (text["sample_id"], text["group"], text["split"], text["views"])
-    return Predictions(task, names, classes, true, scores, *ids, folds)
+        ids, groups, splits, views = text_columns(table, TEXT)
+    return Predictions(task, names, classes, true, scores, ids, groups, splits, views, folds)

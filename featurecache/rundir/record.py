@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 # An absolute path (POSIX, home, Windows), alone or behind NAME=, VIEW=run: and the like; `https://` is none.
 _ABSOLUTE = re.compile(r"(?:^|(?<=[=:,]))(?:/(?!/)|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\).*$", re.DOTALL)
+_CALL = re.compile(r"featurecache\.\w+\(")
 LIBRARIES = ("torch", "torchvision", "timm", "openvino", "scikit-learn", "xgboost", "numpy", "zarr", "pillow", "polars")
 
 
@@ -68,7 +69,12 @@ def _portable_text(text: str, base: Path) -> str:
 
 
 def portable_command(command: str | Sequence[str], base: Path) -> str:
-    """A command line on one line, its absolute paths made relative to `base` or cut to their last name."""
+    """A command line on one line, its absolute paths made relative to `base` or cut to their last name.
+
+    A call from Python, `featurecache.fit_head(...)`, stays as it is: it was told without such paths.
+    """
+    if isinstance(command, str) and _CALL.match(command):
+        return command
     try:
         words = shlex.split(command) if isinstance(command, str) else list(command)
     except ValueError:  # an unclosed quote: keep it readable, it is only shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from featurecache.data.splits import write_splits
 from featurecache.data.targets import Target
 from featurecache.evaluation.bootstrap import bootstrap_intervals, class_tables, label_intervals
-from featurecache.evaluation.curves import curve_data
+from featurecache.evaluation.curves import curve_data, reliability_data
 from featurecache.evaluation.metrics import compute_metrics, metric_names
 from featurecache.evaluation.threshold import At, choose_threshold
 from featurecache.reporting.card import write_card
 from featurecache.reporting.report import write_report
 from featurecache.run import Run, RunWriter
-from featurecache.rundir.densepredictions import DensePredictions, read_predictions
-from featurecache.rundir.files import read_record
+from featurecache.rundir.densepredictions import DensePredictions
 from featurecache.rundir.predictions import Predictions
 from featurecache.rundir.record import dump_json, plain
 
@@ -230,7 +228,7 @@ def curves_of(predictions: Predictions, threshold: Mapping[str, Any], *, bootstr
     """curves.json: what the figures of a report are drawn from beside predictions.csv, on the split that counts.
 
     Per yes-or-no question (the first few) the bands of its ROC and precision-recall curves, its net benefit, and where
-    on the curves the decisions lie.
+    on the curves the decisions lie. Besides the bins of the reliability diagram, None without probabilities.
     """
     split = next((name for name in reversed(SPLITS) if len(predictions.of(name).sample_ids)), "")
     part = predictions.of(split)
@@ -244,7 +242,10 @@ def curves_of(predictions: Predictions, threshold: Mapping[str, Any], *, bootstr
         }
         for label, column, rows, positive in questions
     ]
-    result: dict[str, Any] = plain({"schema": 1, "split": split, "curves": made}, Path())
+    confidence, right = part.confidences()
+    reliability = reliability_data(confidence, right) if len(confidence) else None
+    found = {"schema": 1, "split": split, "curves": made, "reliability": reliability}
+    result: dict[str, Any] = plain(found, Path())
     return result
 
 
@@ -256,17 +257,3 @@ def _decided(said: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, float
         "sensitivity": float(called[positive].mean()),
         "ppv": float(positive[called].mean()) if called.any() else None,
     }
-
-
-def metrics_from_predictions(path: str | Path) -> dict[str, Any]:
-    """metrics.json, computed again from predictions.csv (and the bootstrap's size and seed) of a run."""
-    path = Path(path)
-    settings = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["bootstrap"]
-    record = read_record(path)
-    predictions = read_predictions(path, record)
-    threshold = record.get("threshold") or {}
-    if not record.get("cv"):  # there the scores of the folds' validation rows, on which they were chosen, are not kept
-        rule = str(threshold.get("rule", ""))
-        threshold = find_threshold(predictions, At.parse(rule) if "=" in rule else None)
-    found = measure(predictions, threshold, bootstrap=settings["n"], seed=settings["seed"])
-    return {**found, "cv": fold_metrics(predictions, threshold)} if record.get("cv") else found

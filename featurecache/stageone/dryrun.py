@@ -101,6 +101,9 @@ class Plan:
             lines += [f"            {text}" for text in self.duplicates[:10]]
         return lines
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
 
 def plan_extract(config: ExtractConfig, reporter: Reporter | None = None) -> Plan:
     """Find out what `extract` would do. Files that the store does not recognise by their stat are read and hashed.

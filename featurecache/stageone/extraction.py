@@ -97,6 +97,8 @@ class Extraction:
         assert job.info is not None  # prepare has seen to it
         before = job.info
         recognise(job, self.store, self.learnt, self.seconds, self.reporter)
+        if job.todo:
+            give_back()  # what reading the manifest and planning took, before images take theirs
         self.stored = StoredKeys(self.store, job.recipe.id, before.rows, len(job.todo), job.number)
         workers = cores() if self.config.workers == "auto" else self.config.workers
         channels, (height, width) = job.setup.preprocessing.channels, job.setup.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from numpy.typing import NDArray
 from featurecache.config import AUTO, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
+from featurecache.machine import scouts
 from featurecache.stageone.keys import Cell, Cells, Keys, last_keys, present_cells
 from featurecache.stageone.keys import unchanged as unchanged_keys
 from featurecache.stageone.replicas import Replica, augmentation
 from featurecache.stageone.viewsetup import EngineChoice, ViewSetup, choose_engine, set_up_view, with_taps_of
 from featurecache.store.binding import Binding
+from featurecache.store.lookup import KeyTable
 from featurecache.store.recipe import Recipe
 from featurecache.store.store import FeatureStore, RecipeInfo
 
 # What decides how a manifest is read as a whole: views that are read in different ways can't stand in one dataset.
 WHOLE = ("layout", "view_column", "path_column", "multi", "id", "root")
+ROWS_PER_FILE = 4  # of a recipe: where it has more for an unchanged file, these are looked up one by one
 
 
 @dataclass
@@ -168,10 +172,21 @@ def plan_jobs(
         jobs[recipe.digest] = Job(setup, choice, recipe, views, cells, held)
     if store is not None:
         for job in jobs.values():
+            table = None
             if config.check == "stat":
-                job.keys = unchanged_keys(job.cells, store, unchanged)
-            sort_out(job, store, retry_failed=config.retry_failed)
+                job.keys, table = _known(job, store, unchanged)
+            sort_out(job, store, retry_failed=config.retry_failed, table=table)
     return list(jobs.values())
+
+
+def _known(job: Job, store: FeatureStore, unchanged: pl.DataFrame | None) -> tuple[Keys, KeyTable | None]:
+    """Keys of the files that are unchanged; where these are many, SQLite reads the recipe's rows meanwhile."""
+    count = 0 if unchanged is None else unchanged.height
+    if job.info is None or count < scouts.WORTH_IT or job.info.rows > ROWS_PER_FILE * count:
+        return unchanged_keys(job.cells, store, unchanged), None
+    with ThreadPoolExecutor(1, "rows") as reading:
+        table = reading.submit(lambda: KeyTable(*store.keys(job.recipe.id)))
+        return unchanged_keys(job.cells, store, unchanged), table.result()
 
 
 def best_held(recipe: Recipe, cells: Cells, store: FeatureStore) -> RecipeInfo | None:
@@ -183,9 +198,16 @@ def best_held(recipe: Recipe, cells: Cells, store: FeatureStore) -> RecipeInfo |
     return max(found, key=lambda info: int(held_keys(keys, info.id, store).sum()))
 
 
-def sort_out(job: Job, store: FeatureStore, *, retry_failed: bool) -> None:
-    """From the keys that are known: what is done, what failed before, and what is to do."""
-    job.done = stored(job, store)
+def sort_out(job: Job, store: FeatureStore, *, retry_failed: bool, table: KeyTable | None = None) -> None:
+    """From the keys that are known: what is done, what failed before, and what is to do.
+
+    Args:
+        job: whose cells.
+        store: that has its rows.
+        retry_failed: whether what failed before is to do.
+        table: of the recipe's rows, where they were read already.
+    """
+    job.done = stored(job, store, table)
     to_do = ~job.done
     if not retry_failed:
         remembered = remembered_failures(job, store)
@@ -195,17 +217,22 @@ def sort_out(job: Job, store: FeatureStore, *, retry_failed: bool) -> None:
     job.todo = job.cells.pick(to_do)
 
 
-def stored(job: Job, store: FeatureStore) -> NDArray[np.bool_]:
+def stored(job: Job, store: FeatureStore, table: KeyTable | None = None) -> NDArray[np.bool_]:
     """(n,) bool, of the job's cells: whose key is known and has a row."""
     if job.info is None:
         return np.zeros(len(job.cells), np.bool_)
-    return held_keys(job.keys, job.recipe.id, store, job.number)
+    return held_keys(job.keys, job.recipe.id, store, job.number, table)
 
 
-def held_keys(keys: Keys, recipe_id: str, store: FeatureStore, replica: int = 0) -> NDArray[np.bool_]:
-    """(n,) bool: which keys are known and have a row in a recipe."""
-    held = keys.known.copy()
-    held[held] = store.rows(recipe_id, keys.values[held], replica) >= 0
+def held_keys(
+    keys: Keys, recipe_id: str, store: FeatureStore, replica: int = 0, table: KeyTable | None = None
+) -> NDArray[np.bool_]:
+    """(n,) bool: which keys are known and have a row in a recipe, as the store says or a table of its rows."""
+    held, known = keys.known.copy(), keys.values[keys.known]
+    if table is None:
+        held[held] = store.rows(recipe_id, known, replica) >= 0
+    else:
+        held[held] = table.find(known, np.full(len(known), replica, np.int32)) >= 0
     return held
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from threading import Event, Thread
 from types import TracebackType
@@ -63,7 +63,7 @@ class Survey:
                 looks = _Looks(config, ending)
                 manifest = read_manifest(config, early=looks.begin)
                 self._manifest.set_result(manifest)
-                unchanged = self._compare(config, manifest, looks)
+                unchanged = self._compare(manifest, looks)
         except BaseException as error:
             # Of the manifest it is told to whoever asks for it; a damaged store is found out again by whom it concerns.
             if not self._manifest.done():
@@ -72,29 +72,45 @@ class Survey:
             self._store_is_free.set()
             self._unchanged.set_result(unchanged)
 
-    def _compare(self, config: ExtractConfig, manifest: Manifest, looks: _Looks) -> pl.DataFrame | None:
+    def _compare(self, manifest: Manifest, looks: _Looks) -> pl.DataFrame | None:
         if looks.answers is None:
             return None
-        with FeatureStore(config.store) as store:
-            records = store.payload_table(manifest.cells["location"].drop_nulls().unique())
+        records = looks.remembered(manifest.cells["location"].drop_nulls().unique())
         self._store_is_free.set()
         return unchanged_files(records, looks.at(records["path"])).select("path", "sha256")
 
 
 class _Looks:
-    """Processes that look at the manifest's files, beginning before it is known that all of them are there."""
+    """What is found out of the manifest's files, beginning before it is known that all of them are there.
+
+    Processes look at them; meanwhile a thread reads what the store remembers of them, nearly all of it within SQLite.
+    """
 
     def __init__(self, config: ExtractConfig, ending: ExitStack) -> None:
         self._config, self._ending = config, ending
         self._paths = pl.Series([], dtype=pl.String)
+        self._records: Future[pl.DataFrame] = Future()
         self.answers: scouts.Answers | None = None
 
     def begin(self, paths: pl.Series) -> None:
-        """Look at these, if that is worth it."""
+        """Look at these and read their records, if that is worth it."""
         config = self._config
         if config.check == "stat" and len(paths) >= scouts.WORTH_IT and StorePaths(config.store).index.is_file():
             self._paths = paths
             self.answers = self._ending.enter_context(closing(scouts.ask("look", paths, max(1, scouts.cores() - 1))))
+            reading = self._ending.enter_context(ThreadPoolExecutor(1, "records"))
+            self._records = reading.submit(self._read, paths)
+
+    def remembered(self, locations: pl.Series) -> pl.DataFrame:
+        """The store's records of all of these, each once, and perhaps of others."""
+        looked = self._paths.alias("location").to_frame()
+        elsewhere = locations.to_frame().join(looked, on="location", how="anti")["location"]  # behind links
+        found = self._records.result()
+        return pl.concat([found, self._read(elsewhere)]) if len(elsewhere) else found
+
+    def _read(self, paths: pl.Series) -> pl.DataFrame:
+        with FeatureStore(self._config.store) as store:
+            return store.payload_table(paths)
 
     def at(self, paths: pl.Series) -> scouts.Records:
         """(n,) records of the stat of these, each once; those behind links were not yet looked at."""

@@ -30,7 +30,7 @@ from featurecache.store.format import (
     to_bytes,
 )
 from featurecache.store.index import Index, StoredRecipe
-from featurecache.store.recipe import KEY_BYTES
+from featurecache.store.recipe import KEY_BYTES, checked_keys
 
 COMMIT_SECONDS = 30.0
 
@@ -83,7 +83,7 @@ class Appender:
 
     def _take_over(self, reader: ChunkReader, chunk: int) -> None:
         """Copy the rows of the partial chunk in front: they are rewritten together with the next ones."""
-        rows = self._index.rows_between(self._stored.number, chunk * self._rows, (chunk + 1) * self._rows)
+        rows = self._index.rows_of(self._stored, chunk)
         offsets = np.array([row[3] for row in rows], np.int64) - chunk * self._rows
         for name, buffer in self._buffers.items():
             buffer[: len(rows)] = reader.chunk(self._stored, name, chunk)[offsets]
@@ -153,9 +153,7 @@ class Appender:
     def _validated(
         self, keys: ArrayLike, arrays: Mapping[str, NDArray[Any]], replica: ArrayLike | None
     ) -> tuple[NDArray[np.uint8], NDArray[np.int32], dict[str, NDArray[Any]]]:
-        key_rows = np.ascontiguousarray(keys)
-        if key_rows.ndim != 2 or key_rows.shape[1] != KEY_BYTES or key_rows.dtype != np.uint8:
-            raise InputError(f"keys: need (n, {KEY_BYTES}) uint8, found {key_rows.shape} {key_rows.dtype}")
+        key_rows = checked_keys(keys)
         n = len(key_rows)
         if n and not key_rows.any(axis=1).all():
             raise InputError("keys: a key of zeros stands for 'no row' and can't be stored")

@@ -31,6 +31,7 @@ STORED = (
 """The columns of a stored binding, in the order in which its `sha256` covers them."""
 _BLOCK = 8192  # cells that are taken at a time: what is made of all of them at once doubles the memory of a run
 _PAGE = 1 << 16
+MOST_NAMED = 10  # samples in a message
 CELL_SCHEMA: Mapping[str, pl.DataType] = {
     "sample": pl.UInt32(),
     "view": pl.String(),
@@ -332,13 +333,13 @@ def samples_with(index: Index, keys: set[bytes]) -> list[str]:
     return list(found)
 
 
-def name_samples(index: Index, keys: set[bytes], shown: int = 10) -> str:
+def name_samples(index: Index, keys: set[bytes]) -> str:
     """'samples a, b, c and 4 more', or the keys where no dataset has them."""
     names, what = samples_with(index, keys), "samples"
     if not names:
         names, what = sorted(key.hex()[:16] for key in keys), "no dataset has them; keys"
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{what} {', '.join(names[:shown])}{more}" if names else "no samples"
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{what} {', '.join(names[:MOST_NAMED])}{more}" if names else "no samples"
 
 
 def resolve_cells(

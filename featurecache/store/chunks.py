@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from featurecache.store import windows
 from featurecache.store.binding import name_samples
 from featurecache.store.format import CHECKSUM_BYTES, KEY, REPLICA, ArraySpec, ChunkRecord, StorePaths
 from featurecache.store.index import Index, StoredRecipe
-from featurecache.store.recipe import KEY_BYTES
 
 MOST_MAPS = 4096  # Linux allows a process 65,530 by default; a map and the gap behind it count as two
 DECODED_BYTES = 64 * 2**20
@@ -98,16 +98,28 @@ class ChunkReader:
                 raise InputError(
                     f"rows: {int((wanted < 0).sum())} of {len(wanted)} ids are negative: these rows are not there"
                 )
-            for retry in (False, True):
-                if retry or int(wanted.max()) >= len(state.slots):
-                    self._refresh(state)
-                try:
-                    self._gather(state, spec, self._locate(state, wanted), out, gather)
-                    return out
-                except _Missing:
-                    if retry:
-                        raise self._damage(state, spec, *self._first_missing(state, spec, wanted)) from None
-        raise AssertionError("unreachable")
+            if int(wanted.max()) >= len(state.slots):
+                self._refresh(state)
+            with suppress(_Missing):
+                self._gather(state, spec, self._locate(state, wanted), out, gather)
+                return out
+            self._refresh(state)
+            self._gather_again(state, spec, wanted, out, gather)
+            return out
+
+    def _gather_again(
+        self,
+        state: _RecipeState,
+        spec: ArraySpec,
+        wanted: NDArray[np.int64],
+        out: NDArray[Any],
+        gather: windows.Gather,
+    ) -> None:
+        """The second look at an index just read: what is missing now is lost."""
+        try:
+            self._gather(state, spec, self._locate(state, wanted), out, gather)
+        except _Missing:
+            raise self._damage(state, spec, *self._first_missing(state, spec, wanted)) from None
 
     def slots(self, stored: StoredRecipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows lie now; sorting by it makes reading sequential."""
@@ -292,16 +304,9 @@ class ChunkReader:
         state.checked.add((chunk, spec.name))
 
     def _check_keys(self, state: _RecipeState, chunk: int) -> None:
-        """The key array must have, in each slot, the key that the index has for the row there."""
-        n = state.rows_per_chunk
-        rows = self.index.rows_between(state.stored.number, chunk * n, (chunk + 1) * n)
-        offsets = np.array([row[3] for row in rows], np.int64) - chunk * n
-        known = np.frombuffer(b"".join(row[1] for row in rows), np.uint8).reshape(-1, KEY_BYTES)
-        same = np.array_equal(self._decode(state, state.arrays[KEY], chunk)[offsets], known)
-        if same and REPLICA in state.arrays:
-            replicas = np.array([row[2] for row in rows], np.int32)
-            same = np.array_equal(self._decode(state, state.arrays[REPLICA], chunk)[offsets], replicas)
-        if not same:
+        keys = self._decode(state, state.arrays[KEY], chunk)
+        replicas = self._decode(state, state.arrays[REPLICA], chunk) if REPLICA in state.arrays else None
+        if not self.index.keys_agree(state.stored, chunk, keys, replicas):
             raise self._damage(state, state.arrays[KEY], chunk, "the keys in it are not those of the index")
         state.keyed.add(chunk)
 
@@ -315,8 +320,7 @@ class ChunkReader:
         return int(state.slots[rows[0]] // state.rows_per_chunk), "the file is missing"
 
     def _damage(self, state: _RecipeState, spec: ArraySpec, chunk: int, problem: str) -> CorruptionError:
-        n = state.rows_per_chunk
-        rows = self.index.rows_between(state.stored.number, chunk * n, (chunk + 1) * n)
+        rows = self.index.rows_of(state.stored, chunk)
         return CorruptionError(
             f"{self._path(state, spec, chunk)}: {problem}. Array {spec.name}, chunk {chunk} of recipe "
             f"{state.stored.recipe.id} holds {len(rows)} rows: {name_samples(self.index, {row[1] for row in rows})}. "

@@ -301,6 +301,22 @@ class Index:
                 (number, first, last),
             ).fetchall()
 
+    def rows_of(self, stored: StoredRecipe, chunk: int) -> list[tuple[int, bytes, int, int]]:
+        """The same of a chunk of a recipe."""
+        n = stored.layout.rows_per_chunk
+        return self.rows_between(stored.number, chunk * n, (chunk + 1) * n)
+
+    def keys_agree(
+        self, stored: StoredRecipe, chunk: int, keys: NDArray[np.uint8], replicas: NDArray[np.int32] | None
+    ) -> bool:
+        """Whether a chunk's key array (rows, 32), and replica array (rows,), hold in each slot what the index has."""
+        rows = self.rows_of(stored, chunk)
+        offsets = np.array([row[3] for row in rows], np.int64) - chunk * stored.layout.rows_per_chunk
+        known = np.frombuffer(b"".join(row[1] for row in rows), np.uint8).reshape(-1, KEY_BYTES)
+        if not np.array_equal(keys[offsets], known):
+            return False
+        return replicas is None or np.array_equal(replicas[offsets], np.array([row[2] for row in rows], np.int32))
+
     def keys(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int32]]:
         """Row ids (n,), keys (n, 32) and replicas (n,) of all rows of a recipe, in the order in which they lie."""
         with self.reading() as connection:

@@ -138,25 +138,11 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
         for path in filter(Path.exists, old.dead):
             report.trashed.append(str(path))
             trash(path, paths.trash)
-        generation = max(old.generation, root.generation if root is not None else 0)
-        staged = paths.incoming / "index.sqlite"
-        build_index(staged, root.uuid if root is not None else old.uuid or str(uuids.uuid4()))
-        with sqlite_errors(staged), contextlib.closing(sqlite3.connect(staged, isolation_level=None)) as connection:
-            connection.execute("BEGIN")
-            connection.execute("UPDATE meta SET value = ? WHERE name = 'generation'", (generation + 1,))
-            for directory in sorted(path for path in paths.zarr.iterdir() if path.is_dir()):
-                _adopt_group(connection, paths, directory.name, old, report)
-            insert_bindings(connection, old.bindings or ())
-            connection.execute("COMMIT")
-        _replace_index(paths, staged)
-        index = Index(paths, write=True)
-        try:
+        _replace_index(paths, _staged_index(paths, root, old, report))
+        with contextlib.closing(Index(paths, write=True)) as index:
             publish_generation(index, paths)
-            for stored in index.recipes():
-                if metadata_problems(paths, stored):
-                    report.rewritten += write_metadata(paths, stored)
-        finally:
-            index.close()
+            for stored in [stored for stored in index.recipes() if metadata_problems(paths, stored)]:
+                report.rewritten += write_metadata(paths, stored)
     report.notes += [f"the old index could not be read: {what}" for what in old.lost]
     if old.bindings is None:
         report.notes.append("datasets were lost; extract with the same manifest binds them again and computes nothing")
@@ -169,18 +155,30 @@ def rebuild_index(path: str | os.PathLike[str]) -> RepairReport:
     return report
 
 
+def _staged_index(paths: StorePaths, root: Meta | None, old: Salvage, report: RepairReport) -> Path:
+    """The new index, not yet in its place."""
+    generation = max(old.generation, root.generation if root is not None else 0)
+    staged = paths.incoming / "index.sqlite"
+    build_index(staged, root.uuid if root is not None else old.uuid or str(uuids.uuid4()))
+    with sqlite_errors(staged), contextlib.closing(sqlite3.connect(staged, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("UPDATE meta SET value = ? WHERE name = 'generation'", (generation + 1,))
+        for directory in sorted(path for path in paths.zarr.iterdir() if path.is_dir()):
+            _adopt_group(connection, paths, directory.name, old, report)
+        insert_bindings(connection, old.bindings or ())
+        connection.execute("COMMIT")
+    return staged
+
+
 def _replace_index(paths: StorePaths, staged: Path) -> None:
     """Put the new index into the place of the old one, of which a copy goes to the trash.
 
     In one step: killed before it, the store still has what only the old index knows, which are its datasets.
     """
     if paths.index.exists():
-        with contextlib.suppress(FeatureCacheError):  # the last one to close it leaves a single file, without a log
-            index = Index(paths, write=True)
-            try:
-                index.meta()
-            finally:
-                index.close()
+        # The last one to close it leaves a single file, without a log.
+        with contextlib.suppress(FeatureCacheError), contextlib.closing(Index(paths, write=True)) as index:
+            index.meta()
         copy = paths.incoming / "old.index.sqlite"
         shutil.copyfile(paths.index, copy)
         trash(copy, paths.trash)

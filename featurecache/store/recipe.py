@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from featurecache.errors import InputError
 
@@ -129,6 +129,18 @@ def content_keys(kind: str, selectors: Sequence[str], payloads: Sequence[bytes])
         key.update(payload)
         keys += key.digest()
     return np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+
+
+def checked_keys(keys: ArrayLike) -> NDArray[np.uint8]:
+    """Keys as an array (n, 32).
+
+    Raises:
+        InputError: another shape or type.
+    """
+    rows = np.ascontiguousarray(keys)
+    if rows.ndim != 2 or rows.shape[1] != KEY_BYTES or rows.dtype != np.uint8:
+        raise InputError(f"keys: need (n, {KEY_BYTES}) uint8, found {rows.shape} {rows.dtype}")
+    return rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ class _Rewriting:
 
     def take(self, chunk: int) -> None:
         """Copy what survives of a chunk, and commit whenever the buffers are full."""
-        found = self._index.rows_between(self._stored.number, chunk * self._rows, (chunk + 1) * self._rows)
+        found = self._index.rows_of(self._stored, chunk)
         kept = [row for row in found if not self._dropped[row[0]]]
         if kept:
             self._copy(kept)

@@ -25,7 +25,7 @@ from featurecache.store.format import Layout, StorePaths
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.lock import WriterLock
 from featurecache.store.opening import check_identity, create, prepare_directory, require_store, warn_of_network
-from featurecache.store.recipe import KEY_BYTES, Recipe
+from featurecache.store.recipe import Recipe, checked_keys
 from featurecache.store.records import StatRecord
 from featurecache.store.schema import RecipeGone
 from featurecache.store.settle import settle
@@ -233,9 +233,7 @@ class FeatureStore:
         Returns:
             (n,) int64, -1 where the recipe has no such row.
         """
-        key_rows = np.ascontiguousarray(keys)
-        if key_rows.ndim != 2 or key_rows.shape[1] != KEY_BYTES or key_rows.dtype != np.uint8:
-            raise InputError(f"keys: need (n, {KEY_BYTES}) uint8, found {key_rows.shape} {key_rows.dtype}")
+        key_rows = checked_keys(keys)
         replicas = np.broadcast_to(np.asarray(replica, np.int32), (len(key_rows),))
         try:
             return self._own().lookup(self._stored(recipe_id).number, key_rows, replicas)

@@ -27,7 +27,6 @@ from featurecache.store.format import (
 )
 from featurecache.store.index import Index, StoredRecipe
 from featurecache.store.opening import NewerStoreError, check_identity, require_store
-from featurecache.store.recipe import KEY_BYTES
 from featurecache.store.schema import missing_columns
 from featurecache.store.settle import removed_groups
 
@@ -284,7 +283,8 @@ def _check_chunk(
             contents[name] = content
     samples = _samples(index, stored, chunk) if found else ()
     problems = [Problem(kind, message, stored.recipe.id, name, chunk, samples) for kind, name, message in found]
-    if KEY in contents and not _keys_agree(index, stored, arrays, chunk, contents):
+    decoded = {name: arrays[name].decode(content) for name, content in contents.items()}
+    if KEY in decoded and not index.keys_agree(stored, chunk, decoded[KEY], decoded.get(REPLICA)):
         samples = samples or _samples(index, stored, chunk)
         message = f"recipe {stored.recipe.id}, chunk {chunk}: the key array and the index name different rows"
         problems.append(Problem("keys", message, stored.recipe.id, KEY, chunk, samples))
@@ -313,30 +313,8 @@ def _file_problem(path: Path, record: ChunkRecord | None) -> tuple[str, bytes]:
     return "is not the chunk that was committed", content
 
 
-def _keys_agree(
-    index: Index,
-    stored: StoredRecipe,
-    arrays: Mapping[str, ArraySpec],
-    chunk: int,
-    contents: Mapping[str, bytes],
-) -> bool:
-    n = stored.layout.rows_per_chunk
-    rows = index.rows_between(stored.number, chunk * n, (chunk + 1) * n)
-    offsets = np.array([row[3] for row in rows], np.int64) - chunk * n
-    keys = arrays[KEY].decode(contents[KEY])
-    known = np.frombuffer(b"".join(row[1] for row in rows), np.uint8).reshape(-1, KEY_BYTES)
-    if not np.array_equal(keys[offsets], known):
-        return False
-    if REPLICA not in contents:
-        return True
-    replicas = arrays[REPLICA].decode(contents[REPLICA])
-    return np.array_equal(replicas[offsets], np.array([row[2] for row in rows], np.int32))
-
-
 def _samples(index: Index, stored: StoredRecipe, chunk: int) -> tuple[str, ...]:
-    n = stored.layout.rows_per_chunk
-    rows = index.rows_between(stored.number, chunk * n, (chunk + 1) * n)
-    return tuple(samples_with(index, {row[1] for row in rows}))
+    return tuple(samples_with(index, {row[1] for row in index.rows_of(stored, chunk)}))
 
 
 # ---- what should not be there ----------------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.amounts import human_bytes
+from featurecache.calls import also
 from featurecache.errors import StoreError
 from featurecache.journal import withhold
 from featurecache.progress import Reporter, Silent
@@ -37,6 +40,16 @@ class RecipePart:
     size: int
     failures: tuple[bytes, ...] = ()
     whole: bool = False
+
+    def line(self) -> str:
+        """As a person reads it."""
+        recipe = self.stored.recipe
+        rest = f", {len(self.failures):,} failures" if self.failures else ""
+        whole = "all of it" if self.whole else f"{len(self.rows):,} rows"
+        count = f", {len(self.rows):,} rows" if self.whole else ""
+        body = recipe.fields.get("body")
+        name = f", {body.get('architecture')}" if isinstance(body, dict) else ""
+        return f"recipe    {recipe.id}{name}: {whole}{count}{rest}, {human_bytes(self.size)}"
 
 
 @dataclass(eq=False)
@@ -72,9 +85,9 @@ class Removal:
         """Rows that go."""
         return sum(len(part.rows) for part in self.parts)
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Bytes of features and of leftovers that go."""
+        """Bytes of features and of leftovers that go, as they were when this was first asked."""
         sizes = (path.stat().st_size for path in self.leftovers if path.exists())
         return sum(part.size for part in self.parts) + sum(sizes)
 
@@ -109,12 +122,86 @@ class Removal:
             "notes": self.notes,
         }
 
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        lines = [part.line() for part in self.parts]
+        gone = "all its samples" if self.samples else "its table and labels; rows stay"
+        lines += [f"dataset   {name}: {gone}" for name in self.datasets]
+        lines += [f"dataset   {each.name}: rewritten, {each.table.height:,} samples stay" for each in self.bindings]
+        if self.samples:
+            listed = f"{', '.join(self.samples[:10])}{' ...' * (len(self.samples) > 10)}"
+            lines.append(f"samples   {len(self.samples):,}: {listed}")
+        if self.files:
+            lines.append(f"files     {len(self.files):,} that were hashed, no longer known")
+        if self.listed:
+            lines.append(f"failures  {self.listed:,} entries of failures.csv")
+        if self.leftovers:
+            lines.append(f"leftovers {len(self.leftovers):,} files")
+        if not self.empty:
+            lines.append(f"in all    {self.rows:,} rows, {human_bytes(self.size)}")
+        return [*lines, *(f"note      {note}" for note in self.notes)]
+
 
 def part_of(
     index: Index, stored: StoredRecipe, rows: NDArray[np.int64], failures: Sequence[bytes], *, whole: bool = False
 ) -> RecipePart:
     """What goes of a recipe, with the bytes that its rows take."""
     return RecipePart(stored, rows, affected_chunks(index, stored, rows)[1], tuple(failures), whole)
+
+
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """What was dropped from a store, or would be.
+
+    Attributes:
+        plan: what that is.
+        done: whether it is dropped; False for a dry run, and where there is nothing to drop.
+        bytes_freed: on the disk.
+        scrubbed: whether the index was written anew; if not, a reader was in the way, and the next prune does it.
+    """
+
+    plan: Removal
+    done: bool = False
+    bytes_freed: int = 0
+    scrubbed: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Rows that went, or would."""
+        return self.plan.rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        freed = {"bytes_freed": self.bytes_freed, "scrubbed": self.scrubbed} if self.done else {}
+        return {**self.plan.to_json(), **freed}
+
+    def lines(self) -> list[str]:
+        """As a person reads it; after the lines of the plan."""
+        if self.done:
+            return [f"dropped   {self.rows:,} rows; the store takes {human_bytes(self.bytes_freed)} less"]
+        return ["nothing to drop" if self.plan.empty else "dry run: nothing was changed"]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.plan.lines(), *self.lines()])
+
+
+def remove(plan: Removal, *, dry_run: bool = False, reporter: Reporter | None = None) -> Removed:
+    """Carry a plan out, unless it is empty or only to be looked at.
+
+    Raises:
+        LockedError, StoreError, CorruptionError: as `carry_out`.
+    """
+    if plan.empty or dry_run:
+        return Removed(plan)
+    _ = plan.size  # now, while there is something
+    also(plan.path)  # from here on: a list that nobody agreed to leaves no trace in the journal
+    freed, scrubbed = carry_out(plan, reporter)
+    if not scrubbed and reporter is not None:
+        reporter.note(
+            "Warning: a process has been reading the index all the while, which still holds bytes of what was "
+            f"dropped. When it has ended, run: featurecache prune {plan.path} --yes"
+        )
+    return Removed(plan, True, freed, scrubbed)
 
 
 class Dropped(NamedTuple):

@@ -2,12 +2,24 @@ import json
 
 import numpy as np
 import pytest
-from stage_two import FAST, LABELS, TARGETS, command, hashes, installed, quick, read_table, write_store, write_table
+from stage_two import (
+    FAST,
+    LABELS,
+    TARGETS,
+    command,
+    hashes,
+    installed,
+    metrics_from_predictions,
+    quick,
+    read_table,
+    write_store,
+    write_table,
+)
 
 from featurecache.api import load_run
-from featurecache.cli.heads import flat_metrics, metric_line
+from featurecache.calls import flat_metrics
+from featurecache.cli.heads import metric_line
 from featurecache.dataset import FeatureDataset
-from featurecache.rundir.results import metrics_from_predictions
 
 
 @pytest.fixture(scope="module", autouse=True)

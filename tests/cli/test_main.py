@@ -14,7 +14,7 @@ from featurecache import cli
     [
         (["fit-hed"], "Error: No such command 'fit-hed'. Did you mean 'fit-head'?\nSee: featurecache --help\n"),
         (["bodies", "shw"], "Error: No such command 'shw'. Did you mean 'show'?\nSee: featurecache bodies --help\n"),
-        (["fit-head", "s", "--datset", "m"], "No such option: --datset (Possible options: --dataset"),
+        (["fit-head", "s", "--datset", "m"], "No such option: --datset. Did you mean '--dataset'?"),
         (["fit-head", "s"], "Error: Missing option '--dataset'"),
         (["extract", "m.csv", "--store", "s", "--layout", "wid"], "'--layout': 'wid' is not one of 'wide', 'long'."),
         (["fit-head", "s", "--dataset", "m", "--seed", "x"], "Invalid value for '--seed'"),

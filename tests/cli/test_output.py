@@ -7,7 +7,8 @@ import warnings
 import pytest
 import typer
 
-from featurecache.cli.output import Output, command, human_bytes
+from featurecache.amounts import human_bytes
+from featurecache.cli.output import Output, command
 from featurecache.errors import InputError, StoreError
 
 

@@ -26,10 +26,9 @@ def test_predictions_are_incremental(home, tmp_path):
     assert done.out == (
         f"predicted 12 samples into {tmp_path}/p.csv\nimages    computed 0, reused {first['computed']:,}\n"
     )
-    assert (
-        done.err.splitlines()[-1]
-        == f"Next: featurecache evaluate {home}/runs/head MANIFEST measures on labelled samples"
-    )
+    shown = done.err.splitlines()[-1].split()
+    assert shown[:5] == ["Next:", "featurecache", "evaluate", f"{home}/runs/head", f"{home}/new/samples.csv"]
+    assert shown[5:] == [*TRUST, "--store", f"{tmp_path}/store"]
     rows = read_table(home / "new/samples.csv")
     (home / "new/again.csv").write_text("")
     write_table(home / "new/again.csv", rows[:6])

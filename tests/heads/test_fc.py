@@ -87,6 +87,22 @@ def test_batch_norm_with_one_present_sample_keeps_its_statistics():
     assert norm.running_mean[0] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_feature_that_is_nearly_always_zero_is_not_blown_up(hidden):
+    norm, plain = PresentBatchNorm(2), nn.BatchNorm1d(2)
+    missing = torch.zeros(8, 2, dtype=torch.bool) if hidden else None
+    torch.manual_seed(0)
+    for _ in range(200):
+        x = torch.stack([torch.randn(8), torch.zeros(8)], dim=1)
+        torch.testing.assert_close(norm(x, missing), plain(x))
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+    torch.testing.assert_close(norm.running_var[0], plain.running_var[0])
+    assert norm.num_batches_tracked == plain.num_batches_tracked
+    new = torch.tensor([[0.0, 1.0]])
+    assert plain.eval()(new)[0, 1].item() > 300
+    assert norm.eval()(new)[0, 1].item() == pytest.approx(1, rel=1e-4)
+
+
 def test_no_gradient_is_nan_where_a_view_is_missing():
     module = seeded(FCSettings.create({}), indicators=True)
     images = torch.randn(6, 10, requires_grad=True)

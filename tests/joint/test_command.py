@@ -1,8 +1,9 @@
 import pytest
 from typer.testing import CliRunner
 
+from featurecache.calls import follows
 from featurecache.cli import app
-from featurecache.cli.joint import augment_options, follows
+from featurecache.cli.joint import augment_options
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -6,6 +10,7 @@ import pytest
 import torch
 from dense_kit import TAPS, options, square, store_squares, write_squares
 from PIL import Image
+from stage_two import metrics_from_predictions
 
 from featurecache.config import FitConfig, JointConfig
 from featurecache.crossval import fit_from_config
@@ -19,7 +24,7 @@ from featurecache.joint.images import SampleImages
 from featurecache.joint.start import prepare
 from featurecache.newsamples import NewSamples
 from featurecache.predict import predict
-from featurecache.rundir.results import metrics_from_predictions
+from featurecache.progress import Silent
 
 TRUST = {"trust_factory": ("plugin_joint:tiny",)}
 
@@ -137,3 +142,54 @@ def test_what_makes_no_sense_is_refused(manifest, tmp_path, changes, text):
     with pytest.raises(InputError) as caught:
         finetune_joint(config(manifest, tmp_path / "run", **changes))
     assert text in str(caught.value)
+
+
+SCRIPT = """
+import sys
+import torch
+from featurecache.config import JointConfig
+from featurecache.joint.finetune import finetune_joint
+from featurecache.progress import Silent
+
+class Tell(Silent):
+    steps = 0
+
+    def advance(self, task, n=1, *, status=""):
+        self.steps += task.startswith("epoch 2/")
+        print(task, self.steps, flush=True)
+
+torch.set_num_threads(1)
+finetune_joint(JointConfig.from_toml(sys.argv[1]), reporter=Tell())
+"""
+
+
+@pytest.fixture(scope="module")
+def never_killed(manifest, tmp_path_factory):
+    torch.set_num_threads(1)
+    return finetune_joint(config(manifest, tmp_path_factory.mktemp("whole") / "run", epochs=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ["epoch 2/3 (unfrozen bodies) 2", "validation 2/", "predict"])
+def test_sigkill_and_resume_give_the_weights_and_masks_of_the_uninterrupted_run(manifest, tmp_path, never_killed, at):
+    out, settings = tmp_path / "run", tmp_path / "joint.toml"
+    settings.write_text(config(manifest, out, epochs=2, checkpoint_every="1").to_toml())
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "plugins")}
+    command = [sys.executable, "-c", SCRIPT, str(settings)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if line.startswith(at):
+                process.kill()
+                break
+    assert process.returncode == -9
+    assert not out.exists()
+    notes = []
+    told = type("Told", (Silent,), {"note": lambda self, message: notes.append(message)})()
+    resumed = finetune_joint(config(manifest, out, epochs=2, resume=True), reporter=told)
+    assert notes[0].startswith("resumed after epoch")
+    names = ["head.safetensors", "bodies/image.safetensors", "predictions.csv"]
+    masks = sorted(path.relative_to(never_killed.path) for path in (never_killed.path / "masks").rglob("*.png"))
+    assert masks
+    for name in (*names, *masks):
+        assert (resumed.path / name).read_bytes() == (never_killed.path / name).read_bytes(), name
+    assert resumed.history.drop("seconds").equals(never_killed.history.drop("seconds"))

@@ -46,6 +46,16 @@ class KillAt(Silent):
             raise Killed
 
 
+class Told(Silent):
+    """Remembers the notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     return write_samples(tmp_path_factory.mktemp("joint"), 72, seed=1)
@@ -154,16 +164,24 @@ def test_a_finished_run_is_returned_by_resume_and_not_replaced(run, manifest):
 
 def test_missing_views_and_failed_images(tmp_path):
     manifest = write_samples(tmp_path / "data", 60, missing=0.4, seed=2)
-    broken = tmp_path / "data" / "images" / "004-a0.png"
-    broken.write_bytes(b"not an image")
-    run = finetune_joint(config(manifest, tmp_path / "run", epochs=1, view_dropout=0.3))
+    alone = pl.read_csv(manifest).filter(pl.col("b").is_null())["sample_id"][0]
+    for number in ("004", alone[1:]):
+        (tmp_path / "data" / "images" / f"{number}-a0.png").write_bytes(b"not an image")
+    told = Told()
+    run = finetune_joint(config(manifest, tmp_path / "run", epochs=1, view_dropout=0.3), reporter=told)
     table = run.predictions
-    assert set(table["views"]) == {"a", "a+b"}
-    assert "s004" not in table["sample_id"]
+    assert set(table["views"]) == {"a", "b", "a+b"}
+    assert table.filter(views="b")["sample_id"].to_list() == ["s004"], "what can't be read counts as missing"
     assert table.height == 59
-    assert [(row["sample_id"], row["view"], row["path"]) for row in run.record["failed"]] == [
-        ("s004", "a", "images/004-a0.png")
-    ]
+    assert alone not in table["sample_id"], "it has no other view"
+    failed = sorted((row["sample_id"], row["view"], row["path"]) for row in run.record["failed"])
+    assert failed == sorted((name, "a", f"images/{name[1:]}-a0.png") for name in ("s004", alone))
+    [note] = told.notes
+    assert note.startswith(f"2 images can't be read (first: {min('s004', alone)}, a: ")
+    assert note.endswith(f"): missing views of their samples; 1 sample left out: {alone}")
+    flow = run.record["flow"]
+    assert flow["incomplete"] == 1
+    assert {"why": "unreadable image", "samples": 1, "groups": 1} in flow["left_out"]
     with (run.path / "failures.csv").open() as handle:
         assert next(csv.reader(handle)) == ["sample_id", "view", "path", "error"]
     head = json.loads((run.path / "head.json").read_text())
@@ -174,6 +192,14 @@ def test_missing_views_and_failed_images(tmp_path):
         finetune_joint(config(manifest, tmp_path / "other", missing="error"))
     dropped = finetune_joint(config(manifest, tmp_path / "drop", missing="drop", epochs=1, freeze_epochs=0))
     assert set(dropped.predictions["views"]) == {"a+b"}
+    assert "s004" not in dropped.predictions["sample_id"]
+
+
+def test_missing_error_refuses_what_can_not_be_read_too(tmp_path):
+    manifest = write_samples(tmp_path / "data", 6)
+    (tmp_path / "data" / "images" / "004-a0.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"1 samples lack one of a, b \(first: s004\), and --missing error"):
+        finetune_joint(config(manifest, tmp_path / "run", missing="error"))
 
 
 def test_multilabel_with_unknown_labels(manifest, tmp_path):

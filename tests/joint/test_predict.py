@@ -1,7 +1,9 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from plugin_joint import write_samples
@@ -36,16 +38,24 @@ def manifest_of(folder, views=("a", "b"), **options):
 
 def test_new_samples_with_missing_views_and_a_broken_image(run, tmp_path):
     manifest = manifest_of(tmp_path, missing=0.5)
-    (tmp_path / "images" / "002-a0.png").write_bytes(b"GIF89a")
+    has_b = manifest.cells.filter(view="b")["value"].is_not_null().to_list()
+    kept, lost = has_b.index(True), has_b.index(False)
+    for number in (kept, lost):
+        (tmp_path / "images" / f"{number:03d}-a0.png").write_bytes(b"GIF89a")
     found = predict_joint(run, manifest, device="cpu", trust=TRUST, batch_size=4)
-    assert found.sample_ids.tolist() == [f"s{i:03d}" for i in range(10) if i != 2]
+    assert found.sample_ids.tolist() == [f"s{i:03d}" for i in range(10) if i != lost]
     assert found.scores.shape == (9, 3)
     np.testing.assert_allclose(found.scores.sum(axis=1), 1)
     assert found.present.shape == (9, 2)
     assert not found.present[:, 1].all()
-    assert [(row["sample_id"], row["view"], row["path"]) for row in found.failed] == [
-        ("s002", "a", "images/002-a0.png")
-    ]
+    row = found.sample_ids.tolist().index(f"s{kept:03d}")
+    assert found.present[row].tolist() == [False, True], "what can't be read counts as missing"
+    without = manifest.cells.filter((pl.col("view") == "b") | (pl.col("sample") != kept))
+    same = predict_joint(run, replace(manifest, cells=without), device="cpu", trust=TRUST)
+    np.testing.assert_allclose(found.scores, same.scores, atol=1e-6)
+    assert sorted((row["sample_id"], row["view"], row["path"]) for row in found.failed) == sorted(
+        (f"s{i:03d}", "a", f"images/{i:03d}-a0.png") for i in (kept, lost)
+    )
     alone = predict_joint(run, manifest, device="cpu", trust=TRUST, batch_size=1)
     np.testing.assert_allclose(alone.scores, found.scores, atol=1e-6)
 

@@ -23,6 +23,7 @@ from featurecache.joint.finetune import finetune_joint
 from featurecache.joint.images import SampleImages
 from featurecache.joint.predict import predict_joint
 from featurecache.joint.start import prepare
+from featurecache.reporting.compare import compare_runs
 
 TRUST = ("plugin_joint:tiny",)
 
@@ -86,6 +87,28 @@ def test_training_goes_on_from_the_head_and_never_ends_worse(folder, tmp_path):
     assert bad.record["best_epoch"] == 0  # a ruinous rate: what it started from is kept
     table = bad.predictions.join(pl_predictions(folder / "fc"), on="sample_id")
     np.testing.assert_allclose(table["p:yes"].to_numpy(), table["p:yes_right"].to_numpy(), atol=1e-4)
+
+
+def test_an_unreadable_image_is_a_missing_view_as_it_is_for_the_head(tmp_path):
+    manifest = write_samples(tmp_path, 40, seed=4)
+    for number in (4, 7, 11):
+        (tmp_path / "images" / f"{number:03d}-a0.png").write_bytes(b"not an image")
+    stage = {
+        "manifest": manifest, "views": {"a": "a", "b": "b"}, "body": "plugin_joint:tiny", "store": tmp_path / "store",
+        "precision": "fp32", "store_dtype": "float32", "device": "cpu", "engine": "torch",
+    }  # fmt: skip
+    assert extract(ExtractConfig.create(stage)).failed == 3
+    data = FeatureDataset(tmp_path / "store", dataset="samples", target="label")
+    options = {"split": "auto", "seed": 3, "bootstrap": 0, "device": "cpu"}
+    head = fit_head(data, head="fc", out=tmp_path / "fc", settings={"hidden": [8], "epochs": 2}, **options)
+    ruinous = {"lr": 3.0, "body_lr": 3.0, "epochs": 1, "freeze_epochs": 0}
+    joint = finetune_joint(config(tmp_path, out=tmp_path / "joint", **ruinous))
+    assert joint.record["best_epoch"] == 0, "what it started from is kept"
+    for name in ("sample_id", "views", "split"):
+        assert joint.predictions[name].to_list() == head.predictions[name].to_list()
+    assert joint.predictions.filter(views="b")["sample_id"].to_list() == ["s004", "s007", "s011"]
+    np.testing.assert_allclose(joint.predictions["p:yes"].to_numpy(), head.predictions["p:yes"].to_numpy(), atol=1e-4)
+    assert compare_runs([head, joint], n=10).n == len(head.arrays.of("test").sample_ids)
 
 
 def pl_predictions(path):

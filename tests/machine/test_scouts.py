@@ -29,7 +29,7 @@ def files(tmp_path):
 @pytest.fixture
 def many(monkeypatch):
     """Blocks of seven files, and processes for any number."""
-    monkeypatch.setattr(scouts, "BLOCK", 7)
+    monkeypatch.setattr(scouts, "BLOCK", {"look": 7, "read": 7})
     monkeypatch.setattr(scouts, "WORTH_IT", 1)
 
 

@@ -28,6 +28,10 @@ import featurecache as fc
 from featurecache.cli import main
 from featurecache.config import BodyConfig, ManifestConfig
 from featurecache.data.manifest import read_manifest
+from featurecache.evaluation.threshold import At
+from featurecache.rundir.densepredictions import read_predictions
+from featurecache.rundir.files import read_record
+from featurecache.rundir.results import find_threshold, fold_metrics, measure
 from featurecache.store.binding import CELL_SCHEMA, Binding
 from featurecache.store.recipe import Recipe, content_key
 from featurecache.store.records import StatRecord
@@ -250,3 +254,17 @@ def write_home(folder: Path, runs: Iterable[str]) -> Path:
             dataset = fc.FeatureDataset(folder / "cache", dataset="samples", target=HEADS[name])
             fc.fit_head(dataset, head="logistic", out=folder / "runs" / name, bootstrap=10)
     return folder
+
+
+def metrics_from_predictions(path: str | Path) -> dict[str, Any]:
+    """metrics.json, computed again from predictions.csv (and the bootstrap's size and seed) of a run."""
+    path = Path(path)
+    settings = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["bootstrap"]
+    record = read_record(path)
+    predictions = read_predictions(path, record)
+    threshold = record.get("threshold") or {}
+    if not record.get("cv"):  # there the scores of the folds' validation rows, on which they were chosen, are not kept
+        rule = str(threshold.get("rule", ""))
+        threshold = find_threshold(predictions, At.parse(rule) if "=" in rule else None)
+    found = measure(predictions, threshold, bootstrap=settings["n"], seed=settings["seed"])
+    return {**found, "cv": fold_metrics(predictions, threshold)} if record.get("cv") else found

@@ -77,6 +77,8 @@ def directory(
     made.table().write_csv(path / "predictions.csv")
     figures = {"n": 30, "n_groups": 10, "events": 4, "roc_auc": 0.75, "log_loss": None, "accuracy": 0.5}
     figures["intervals"] = {"roc_auc": [0.7, 0.8]}
+    if made.task == "multiclass":
+        figures["average_precision"] = 0.4
     if made.task == "multilabel":
         figures["labels"] = {name: {"n": 9, "roc_auc": 0.5, "brier": None} for name in made.names}
     if made.task == "regression":
@@ -145,8 +147,14 @@ def test_test_comes_first_with_its_interval(tmp_path):
     text = render(tmp_path / "r", record)
     assert text.index(">test<") < text.index(">validation<") < text.index(">training<")
     assert re.search(r'AUROC</th>.*?class="first">0\.750<small>0\.700.0\.800</small>', text, re.DOTALL)
-    assert "from a probability of <b>0.250</b> on" in text
+    assert "is said where its probability is <b>0.250</b> or more" in text
+    assert '<p class="kind of">on ' in text, "whose figures these are"
     assert "AUROC 0.750 (95 % interval 0.700\N{EN DASH}0.800) on 30 test samples." in text
+
+
+def test_what_guessing_reaches_is_said(tmp_path):
+    text = render(tmp_path / "r", directory(tmp_path / "r", predictions("multiclass", n=200, classes=4)))
+    assert "Average precision is 0.250 for a model that guesses: the mean prevalence of the classes." in text
 
 
 def test_same_bytes_every_time(tmp_path):

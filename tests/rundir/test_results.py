@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stage_two import metrics_from_predictions
 
 from featurecache.data.splits import read_splits
 from featurecache.data.targets import Target
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.run import Run, RunWriter, load_run
-from featurecache.rundir.results import finish_run, make_predictions, metrics_from_predictions, write_results
+from featurecache.rundir.results import finish_run, make_predictions, write_results
 
 N = 240
 RECIPE = {
@@ -160,7 +161,7 @@ def test_model_card_is_honest_about_what_it_does_not_know(runs):
     assert r"\<i\>c\</i\>" in text
     assert "FC head on cached features: multiclass prediction of kind from 2 views (front, side)." in text
     assert "| accuracy |" in text
-    assert "featurecache fit-head ../cache --head fc" in text or "featurecache fit-head cache --head fc" in text
+    assert "\nfeaturecache fit-head cache --head fc\n" in text, "no path of this machine"
 
 
 def test_no_intervals_and_no_history(tmp_path):
@@ -201,6 +202,22 @@ def test_the_dot_on_the_curves_is_where_the_run_decides(runs):
             assert curve["events"] == figures["events"]
     assert [curve["label"] for curve in curves["curves"]] == ["p", "q"], "r was not trained"
     assert json.loads((runs["multiclass"].path / "curves.json").read_text())["curves"] == []
+
+
+def test_the_reliability_diagram_shows_the_bins_of_the_calibration_error(runs):
+    for task in ("binary", "multiclass", "multilabel"):
+        run = runs[task]
+        kept = json.loads((run.path / "curves.json").read_text())["reliability"]
+        confidence, right = run.arrays.of("test").confidences()
+        assert sum(kept["count"]) == len(confidence) == len(right) > 0
+        used = [n > 0 for n in kept["count"]]
+        assert [value is not None for value in kept["probability"]] == used
+        assert sum(n * value for n, value in zip(kept["count"], kept["frequency"], strict=True) if n) == pytest.approx(
+            right.sum(), abs=0.01
+        )
+        if task != "multilabel":
+            assert kept["gap"] == pytest.approx(run.metrics["test"]["ece"])
+        assert f"Mean gap over 15 equal bins {kept['gap']:.3f}" in (run.path / "report.html").read_text()
 
 
 def test_tables_of_classes_are_kept_with_intervals_for_the_test_samples(runs):

@@ -16,6 +16,7 @@ from featurecache.machine import scouts
 from featurecache.stageone import extraction, recognise
 from featurecache.stageone import survey as survey_module
 from featurecache.stageone.dryrun import plan_extract
+from featurecache.stageone.jobs import plan_jobs, set_up_views
 from featurecache.stageone.keys import present_cells, unchanged
 from featurecache.stageone.survey import Survey
 from featurecache.store.store import FeatureStore
@@ -27,7 +28,7 @@ N = 12
 def bulk(monkeypatch):
     """As with many files."""
     monkeypatch.setattr(scouts, "WORTH_IT", 1)
-    monkeypatch.setattr(scouts, "BLOCK", 4)
+    monkeypatch.setattr(scouts, "BLOCK", {"look": 4, "read": 4})
 
 
 @pytest.fixture
@@ -186,6 +187,28 @@ def test_a_survey_finds_what_lies_behind_links(data, monkeypatch):
         assert unchanged(present_cells(survey.manifest().cells), store, files).known.tolist() == [
             i != 3 for i in range(N)
         ]
+
+
+def test_a_table_of_the_rows_says_what_the_store_would(data, monkeypatch):
+    """Read while the keys are made. What changed is to do, also where another recipe has the new content."""
+    settle()
+    again(data, check="content")
+    replace_image(data.parent / "image0003.png", 99)
+    replace_image(data.parent / "image0004.png", 100)
+    again(data, image_size={"image": 24}, check="content")  # another recipe: it alone knows the new content
+    settle()
+    again(data, image_size={"image": 24}, check="content")
+    stage = config(data, data.parent.parent / "store")
+    asked, real = [], FeatureStore.rows
+    monkeypatch.setattr(FeatureStore, "rows", lambda *given: asked.append(given) or real(*given))
+    with Survey(stage) as survey, FeatureStore(stage.store) as store:
+        manifest, setups = survey.manifest(), set_up_views(stage, ("image",))
+        (read,) = plan_jobs(stage, manifest, setups, store, survey.unchanged())
+        assert not asked
+        (looked_up,) = plan_jobs(stage, manifest, setups, store)
+        assert asked
+    assert read.keys.known.all()
+    assert read.done.tolist() == looked_up.done.tolist() == [i not in (3, 4) for i in range(N)]
 
 
 def test_files_are_looked_at_before_the_manifest_is_read(data, monkeypatch):

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from featurecache.data.readers.base import Decoded, select
+from featurecache.data.readers.base import Decoded, FileReader, select
 from featurecache.errors import InputError, ReadError
 
 MAGIC = b"\x93NUMPY"
 
 
 @dataclass(frozen=True)
-class ArrayReader:
+class ArrayReader(FileReader):
     """Reads uint8, uint16 and float arrays from `.npy`.
 
     Attributes:
@@ -27,7 +27,6 @@ class ArrayReader:
 
     name: ClassVar[str] = "array"
     version: ClassVar[int] = 1
-    kind: ClassVar[str] = "file"
 
     channels: int = 3
     max_pixels: int = 100_000_000
@@ -46,10 +45,6 @@ class ArrayReader:
     def parameters(self) -> dict[str, Any]:
         """Part of the recipe."""
         return {"channels": self.channels}
-
-    def identity(self) -> str:
-        """Under what failures are remembered; see `base.Reader`."""
-        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Read one array.

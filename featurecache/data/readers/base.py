@@ -82,6 +82,20 @@ class Reader(Protocol):
         """
 
 
+class FileReader:
+    """What the readers of files share: a limit on pixels, which decides which payloads are refused."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    kind: ClassVar[str] = "file"
+
+    max_pixels: int
+
+    def identity(self) -> str:
+        """Under what failures are remembered; see `Reader`."""
+        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
+
+
 def read(reader: Reader, payload: bytes, selector: Mapping[str, Any]) -> Decoded | ReadFailure:
     """Decode one payload; whatever goes wrong is returned, never raised (but Ctrl-C and the like).
 

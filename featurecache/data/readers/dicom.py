@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from featurecache.data.readers.base import Decoded, select
+from featurecache.data.readers.base import Decoded, FileReader, select
 from featurecache.data.readers.pixels import to_channels
 from featurecache.data.readers.windows import full_range, look_up, windowed
 from featurecache.errors import DependencyError, InputError, ReadError
@@ -31,7 +31,7 @@ _WARNINGS = threading.Lock()  # filters are global to the process, so one thread
 
 
 @dataclass(frozen=True)
-class DicomReader:
+class DicomReader(FileReader):
     """Reads DICOM files.
 
     Attributes:
@@ -43,7 +43,6 @@ class DicomReader:
 
     name: ClassVar[str] = "dicom"
     version: ClassVar[int] = 1
-    kind: ClassVar[str] = "file"
 
     channels: int = 3
     contrast: str = "auto"
@@ -78,10 +77,6 @@ class DicomReader:
         if self.window is not None:
             return {"channels": self.channels, "window": list(self.window)}
         return {"channels": self.channels, "contrast": self.contrast}
-
-    def identity(self) -> str:
-        """Under what failures are remembered; see `base.Reader`."""
-        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Decode one image.

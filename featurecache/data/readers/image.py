@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from featurecache.data.readers.base import Decoded, select
+from featurecache.data.readers.base import Decoded, FileReader, select
 from featurecache.data.readers.decoders import jpeg, png16
 from featurecache.data.readers.headers import Header, inspect, sniff
 from featurecache.data.readers.orientation import exif_orientation, oriented, unoriented
@@ -36,7 +36,7 @@ _WARNINGS = threading.Lock()
 
 
 @dataclass(frozen=True)
-class ImageReader:
+class ImageReader(FileReader):
     """Reads photographs and drawings.
 
     Attributes:
@@ -49,7 +49,6 @@ class ImageReader:
 
     name: ClassVar[str] = "image"
     version: ClassVar[int] = 1
-    kind: ClassVar[str] = "file"
 
     channels: int = 3
     exif: bool = True
@@ -77,10 +76,6 @@ class ImageReader:
         """Part of the recipe. RGBA keeps its alpha, so that there the background is left out."""
         shown = {"background": list(self.background)} if self.channels != 4 else {}
         return {"channels": self.channels, "exif": self.exif, **shown}
-
-    def identity(self) -> str:
-        """Under what failures are remembered; see `base.Reader`."""
-        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Decode one image.

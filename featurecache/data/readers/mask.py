@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from featurecache.data.readers.base import Decoded
+from featurecache.data.readers.base import Decoded, FileReader
 from featurecache.data.readers.image import ImageReader
 from featurecache.errors import InputError, ReadError
 
@@ -16,7 +16,7 @@ VALUES = ("inside", "alpha", "index")
 
 
 @dataclass(frozen=True)
-class MaskReader:
+class MaskReader(FileReader):
     """Reads PNG, TIFF, BMP and GIF masks.
 
     Attributes:
@@ -28,7 +28,6 @@ class MaskReader:
 
     name: ClassVar[str] = "mask"
     version: ClassVar[int] = 1
-    kind: ClassVar[str] = "file"
 
     channels: int = 1
     values: str = "inside"
@@ -49,10 +48,6 @@ class MaskReader:
     def parameters(self) -> dict[str, Any]:
         """Part of the recipe."""
         return {"channels": self.channels, "values": self.values}
-
-    def identity(self) -> str:
-        """Under what failures are remembered; see `base.Reader`."""
-        return f"{self.name}/{self.version} max_pixels={self.max_pixels}"
 
     def decode(self, payload: bytes, selector: Mapping[str, Any]) -> Decoded:
         """Decode one mask.
