@@ -102,6 +102,9 @@ def fit_head(
             `images` (how many mistakes the report shows with pictures, or `none`), `about` (a TOML file that says what
             only a person can state).
 
+    Returns:
+        The run; `record["notes"]` lists what to look at again: patients torn by the split, a class called `unknown`.
+
     Raises:
         InputError: an option is not valid, there is no target or no way to split, the run exists.
     """

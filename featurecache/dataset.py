@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from featurecache.amounts import counted
 from featurecache.config import ANY_VIEW, for_view
 from featurecache.data.dense import DENSE
 from featurecache.data.targets import Target, read_target
@@ -309,7 +310,8 @@ def choose_samples(binding: Binding, views: Sequence[str], held: NDArray[np.bool
     if missing == "error" and not complete.all():
         ids = sample_names(binding, np.flatnonzero(~complete))
         raise InputError(
-            f"dataset {binding.name!r}: {len(ids)} samples lack one of {', '.join(views)} ({short_list(ids)}), "
+            f"dataset {binding.name!r}: {counted(len(ids), 'sample')} lack{'s' * (len(ids) == 1)} one of "
+            f"{', '.join(views)} ({short_list(ids)}), "
             "and --missing error refuses that. Use --missing zero or drop."
         )
     kept = np.flatnonzero(complete if missing == "drop" else held.any(axis=1))

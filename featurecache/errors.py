@@ -25,19 +25,22 @@ class InputError(FeatureCacheError, ValueError):
     problems: tuple[str, ...] = ()
 
     @classmethod
-    def from_problems(cls, summary: str, problems: Sequence[str], *, shown: int = 20) -> InputError:
+    def from_problems(
+        cls, summary: str, problems: Sequence[str], *, advice: Sequence[str] = (), shown: int = 20
+    ) -> InputError:
         """One error for all complaints about an input, so that nobody has to fix them one run at a time.
 
         Args:
             summary: the first line, without the complaints.
             problems: one line each; all are kept in `problems`, the first `shown` are in the message.
-            shown: how many lines the message holds.
+            advice: what to do about them, a line each; always in the message, and behind the complaints in `problems`.
+            shown: how many complaints the message holds.
         """
         lines = [f"  - {problem}" for problem in problems[:shown]]
         if len(problems) > shown:
             lines.append(f"  - ... and {len(problems) - shown} more")
-        error = cls("\n".join([summary, *lines]))
-        error.problems = tuple(problems)
+        error = cls("\n".join([summary, *lines, *advice]))
+        error.problems = (*problems, *advice)
         return error
 
 

@@ -194,9 +194,13 @@ def evaluate_own(
     column = None
     if by is not None:
         if table is None:
-            raise InputError(
-                f"--by {by}: say with --table where the column is (the manifest of the run), or give MANIFEST"
+            recorded = run.record.get("manifest_config")
+            name = Path(str(recorded.get("manifest") or "")).name if isinstance(recorded, dict) else ""
+            own = f"the manifest of the run, {name}" if name else "the manifest of the run"
+            with_id = (
+                f", with --id {recorded['id']}" if name and isinstance(recorded, dict) and recorded.get("id") else ""
             )
+            raise InputError(f"--by {by}: say with --table where the column is ({own}{with_id}), or give MANIFEST")
         column = joined_column(Path(table), by, predictions.sample_ids.tolist(), id or "sample_id")
     about: dict[str, Any] = {"manifest": None, "n": len(predictions.sample_ids), "notes": [], "failed": []}
     return _measured(

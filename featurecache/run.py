@@ -391,7 +391,7 @@ def load_run(path: str | Path) -> Run:
         RunError: it is no run, is of an unknown kind or a newer format, or a file is missing, changed or unlisted.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.exists():
         unfinished = path.with_name(path.name + ".tmp") if path.name else path
         more = f" {unfinished.name} beside it is an unfinished run: go on with --resume." if unfinished.is_dir() else ""
         raise MissingFileError(f"{path}: no such run directory.{more}")

@@ -75,6 +75,8 @@ def test_every_public_name_is_there():
 def test_unknown_options_name_the_near_one(tmp_path):
     with pytest.raises(InputError, match=r"unknown key 'bdy'. Did you mean 'body'"):
         fc.extract(tmp_path / "m.csv", store=tmp_path / "s", bdy="x")
+    with pytest.raises(InputError, match=r"unknown key 'id_column'. Did you mean 'id'\?"):
+        fc.extract("m.csv", store=tmp_path / "s", id_column="study")
     with pytest.raises(InputError, match=r"unknown key 'epoch'. Did you mean 'epochs'"):
         fc.finetune_joint(tmp_path / "m.csv", epoch=3)
     with pytest.raises(InputError, match=r"unknown option 'batchsize'. Did you mean 'batch_size'"):
@@ -90,6 +92,14 @@ def fitted(tmp_path_factory):
     small = {"max_iter": 50}
     run = fc.fit_head(dataset, head="logistic", out=folder / "runs" / "one", settings=small, images="none", bootstrap=0)
     return folder, dataset, run
+
+
+def test_what_is_said_of_the_dataset_is_sent_there(fitted, tmp_path):
+    _, dataset, _ = fitted
+    with pytest.raises(InputError, match=r"fit_head: 'uncertain' is said of the dataset: give it to FeatureDataset"):
+        fc.fit_head(dataset, head="logistic", out=tmp_path / "run", uncertain={"unsure": "ignore"})
+    with pytest.raises(InputError, match=r"unknown key 'groups'. Did you mean 'group'"):
+        fc.fit_head(dataset, head="logistic", out=tmp_path / "run", groups="patient")
 
 
 def test_runs_are_compared_and_reported(fitted):

@@ -46,3 +46,14 @@ def test_what_else_errors_carry():
 )
 def test_near_names(name, near):
     assert did_you_mean(name, ["frontal", "lateral"]) == near
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("id_column", "id"), ("--id-column", "id"), ("view_colum", "view_column"), ("viewcolumn", "view_column"),
+        ("out path", "out"), ("xyz", ""),
+    ],
+)  # fmt: skip
+def test_a_choice_that_is_a_word_of_the_name_is_near(name, near):
+    assert did_you_mean(name, ["view_column", "path_column", "id", "out"]) == (near and f" Did you mean {near!r}?")

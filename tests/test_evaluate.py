@@ -111,7 +111,9 @@ def test_the_runs_own_test_samples_by_a_column_of_its_manifest(home, tmp_path):
     images = [{"study": row["sample_id"], "site": row["site"]} for row in rows for _ in range(2)]  # a row per image
     long = fc.evaluate(run, by="site", table=write_table(tmp_path / "images.csv", images), id="study", bootstrap=0)
     assert [part.to_json() for part in long.subgroups] == [part.to_json() for part in found.subgroups]
-    with pytest.raises(InputError, match="say with --table where the column is"):
+    with pytest.raises(
+        InputError, match=r"say with --table where the column is \(the manifest of the run, samples.csv\)"
+    ):
         fc.evaluate(run, by="site")
     short = write_table(tmp_path / "short.csv", [{"sample_id": "s999", "site": "a"}])
     with pytest.raises(InputError, match=r"test samples of the run are not there, such as 's\d+'"):

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -32,7 +33,7 @@ from featurecache.cli import (
     tune,
 )
 from featurecache.cli.flags import Command, Group
-from featurecache.cli.output import DONE, WRONG, describe, print_json
+from featurecache.cli.output import DONE, STATUSES, WRONG, describe, print_json
 from featurecache.errors import did_you_mean
 
 app = typer.Typer(
@@ -41,7 +42,7 @@ app = typer.Typer(
     help="Run CNN bodies over every view once, cache what they see, train heads in seconds.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="Start with: featurecache demo",
+    epilog=f"Start with: featurecache demo\n\n{STATUSES}",
 )
 # The commands in the order in which they are used, by panels of the help.
 COMMANDS: dict[str, list[tuple[str, Callable[..., None], str]]] = {
@@ -90,7 +91,8 @@ def prose(function: Callable[..., None]) -> str:
 for panel, entries in COMMANDS.items():
     for name, function, epilog in entries:
         app.command(
-            name, cls=OWN_CLASSES.get(name, Command), help=prose(function), epilog=epilog, rich_help_panel=panel
+            name, cls=OWN_CLASSES.get(name, Command), help=prose(function), epilog=f"{epilog}\n\n{STATUSES}",
+            rich_help_panel=panel,
         )(function)  # fmt: skip
 app.add_typer(bodies.app, name="bodies", rich_help_panel="Extract features")
 
@@ -128,6 +130,14 @@ def main() -> None:
     sys.exit(status or DONE)
 
 
+def owners(context: Any, option: str, shown: int = 3) -> str:
+    """' It belongs to ...' where other commands have an option of that name, else ''."""
+    commands = getattr(context.find_root().command, "commands", {}) if context is not None else {}
+    having = [name for name, each in commands.items() if any(option in param.opts for param in each.params)]
+    more = " and others" if len(having) > shown else ""
+    return f" {option} belongs to {', '.join(having[:shown])}{more}." if having else ""
+
+
 def wrong_use(error: Exception) -> int:
     """Print what is wrong with the command line; returns the exit status.
 
@@ -142,8 +152,10 @@ def wrong_use(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "featurecache"
     text = " ".join(str(message()).replace("Value error, ", "").split())
-    if near := getattr(error, "possibilities", None):  # that of Typer are in the order of the alphabet
-        text = f"No such option: {error.option_name}.{did_you_mean(error.option_name, near)}"  # type: ignore[attr-defined]
+    if type(error).__name__ == "NoSuchOption":
+        option = error.option_name  # type: ignore[attr-defined]
+        near = getattr(error, "possibilities", None) or ()  # that of Typer are in the order of the alphabet
+        text = f"No such option: {option}.{owners(context, option) or did_you_mean(option, near)}"
     if "--json" in sys.argv:
         print_json(path.partition(" ")[2], "failed", {"error": text})
     print(f"Error: {text}\nSee: {path} --help", file=sys.stderr)

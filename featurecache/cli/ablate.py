@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurecache.amounts import counted
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable
@@ -135,7 +136,8 @@ def show(output: Output, found: Ablation, out: Path | None) -> None:
     output.outputs = [str(out)] if out is not None else []
     output.figures = found.to_json()
     way = f"{found.divisions} division{'s' * (found.divisions != 1)}"
-    output.text(f"{found.metric} on test, mean of {way} of {found.samples:,} samples in {found.groups:,} groups")
+    size = f"{counted(found.samples, 'sample')} in {counted(found.groups, 'group')}"
+    output.text(f"{found.metric} on test, mean of {way} of {size}")
     width = max(len(arm.arm) for arm in found.arms)
     for name, reference in found.reference.items():
         output.text(f"{name} (reference: {reference} alone, better on validation)")

@@ -34,7 +34,7 @@ def explain(
         AttributionChoice,
         typer.Option(help="gradcam: by gradient, coarse; occlusion: any head, slow; the others: fine, by gradient."),
     ] = AttributionChoice.gradcam,
-    samples: Annotated[str, typer.Option(metavar="ID,...|N", help="Which samples, or how many.")] = "6",
+    samples: Annotated[str, typer.Option(metavar="ID,...|N", help="Which samples, or how many, evenly.")] = "6",
     output: Annotated[
         str | None,
         typer.Option("--class", metavar="NAME", help="Class, label or target; default what the model says."),
@@ -78,11 +78,15 @@ def explain(
             )
         result.outputs = [str(made.folder / entry["file"]) for entry in made.samples]
         result.failed = made.failures
-        result.figures = {"folder": str(made.folder), "method": method.value, "samples": made.samples}
+        result.figures = {
+            "folder": str(made.folder), "method": method.value, "samples": made.samples, "notes": made.notes
+        }  # fmt: skip
         for entry in made.samples:
             place = entry["hottest"]
             where = f"hottest in {place['view']} at {place['x']}, {place['y']}" if place else "no part speaks for it"
             result.text(f"{made.folder / entry['file']}: {entry['class']} {entry['score']:.3g}, {where}")
+        for note in made.notes:
+            result.text(f"note      {note}")
         result.text("A heat map shows what the score hangs on, not why, and not whether that is right.")
         result.next = f"look at {made.folder}" if out else pasteable("report", run)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurecache.amounts import human_bytes
+from featurecache.amounts import counted, human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Quiet, command
@@ -112,7 +112,9 @@ def explore(
             "method": method.value,
             "bytes": size,
         }
-        output.text(f"page      {made.path}: {made.points:,} of {made.samples:,} samples ({human_bytes(size)})")
+        output.text(
+            f"page      {made.path}: {made.points:,} of {counted(made.samples, 'sample')} ({human_bytes(size)})"
+        )
         if made.pictures:
             output.text(f"pictures  {made.pictures:,}, up to {made.picture_pixels} px")
         output.text(f"found     {made.duplicates:,} near-duplicate pairs, {made.suspects:,} likely label errors")

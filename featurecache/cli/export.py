@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featurecache.amounts import human_bytes
+from featurecache.amounts import counted, human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Quiet, command
@@ -63,8 +63,7 @@ def export(
             "bytes": size,
             "n_dropped": data.n_dropped,
         }
-        output.text(
-            f"exported  {path}: {len(data):,} samples, {data.features.shape[1]:,} features ({human_bytes(size)})"
-        )
+        held = f"{counted(len(data), 'sample')}, {data.features.shape[1]:,} features"
+        output.text(f"exported  {path}: {held} ({human_bytes(size)})")
         if data.n_dropped:
-            output.text(f"left out  {data.n_dropped:,} samples without the views")
+            output.text(f"left out  {counted(data.n_dropped, 'sample')} without the views")

@@ -23,6 +23,7 @@ from featurecache.machine.interrupts import interrupt_once
 
 SCHEMA = 1
 DONE, FAILED, WRONG, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
+STATUSES = "Exit status: 0 done; 1 failed; 2 wrong use or bad input; 3 done, but some samples failed, which are listed."
 STATES = {DONE: "done", FAILED: "failed", WRONG: "failed", PARTLY: "partly failed", INTERRUPTED: "interrupted"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Output")]

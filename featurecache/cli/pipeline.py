@@ -80,9 +80,11 @@ def told(step: Step) -> str:
 
 
 def show_details(output: Output, steps: list[Step]) -> None:
-    """Sentences of ablations, and classes of images."""
+    """Notes on runs, sentences of ablations, and classes of images."""
     from featurecache.pipeline.report import seen
 
+    for note in dict.fromkeys(note for step in steps for note in step.figures.get("notes", ())):
+        output.text(f"note      {note}")
     for step in steps:
         for sentence in step.figures.get("conclusions", ()):
             output.text(sentence)

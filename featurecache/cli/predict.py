@@ -51,7 +51,7 @@ def predict(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Predict new samples with a run; head runs go through the cache, so the second time only new images cost."""
+    """Predict new samples with a run; with --store the features of a head's run are kept, so only new images cost."""
     with command("predict", as_json=as_json, quiet=quiet, debug=debug, journals=(run, store)) as output:
         from featurecache.predict import predict as run_prediction
         from featurecache.run import load_run
@@ -67,6 +67,10 @@ def predict(
         if any(scored.files):
             output.text(f"masks     in {(path.parent / next(filter(None, scored.files))).parent}")
         output.text(f"images    computed {scored.computed:,}, reused {scored.reused:,}")
+        if store is None and loaded.kind == "head":
+            output.text(
+                "note      features are not kept; with --store STORE only new images are computed the next time"
+            )
         labelled = len(sources) == 1 and set(loaded.targets) <= set(scored.table.columns)
         output.next = after_predicting(run, typed_command(), measurable=labelled)
 

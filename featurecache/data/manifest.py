@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import polars as pl
 
+from featurecache.amounts import counted
 from featurecache.config import ANY_VIEW, AUTO, ManifestConfig, for_view
 from featurecache.data.choice import choose_reader, folder_suffixes
 from featurecache.data.layouts import Layout, read_long, read_wide
@@ -100,12 +101,12 @@ def read_manifest(config: ManifestConfig, *, images: bool = True, early: Early |
     layout = read_long(source, config, views) if config.layout == "long" else read_wide(source, config, views)
     problems += layout.problems
     problems += _unknown_views(config, layout.views)
-    cells = _locate(source, config, layout, problems, images=images, early=early)
+    advice: list[str] = []
+    cells = _locate(source, config, layout, problems, advice, images=images, early=early)
     readers, odd = _readers(source, config, layout.views, cells)
     problems = odd + problems
     if problems:
-        count = len(problems)
-        raise InputError.from_problems(f"{source.shown}: {count} problem{'s' * (count > 1)}", problems)
+        raise InputError.from_problems(f"{source.shown}: {counted(len(problems), 'problem')}", problems, advice=advice)
     columns = ["sample", "view", "ordinal", "value", "location", "kind", "selector", "row"]
     return Manifest(
         path=source.path.resolve(),
@@ -177,9 +178,16 @@ def _unknown_views(config: ManifestConfig, views: tuple[str, ...]) -> list[str]:
 
 
 def _locate(
-    source: Source, config: ManifestConfig, layout: Layout, problems: list[str], *, images: bool, early: Early | None
+    source: Source,
+    config: ManifestConfig,
+    layout: Layout,
+    problems: list[str],
+    advice: list[str],
+    *,
+    images: bool,
+    early: Early | None,
 ) -> pl.DataFrame:
-    """Add kind and location; complain of files that are missing or outside the root."""
+    """Add kind and location; complain of files that are missing or outside the root, and say what to do."""
     text = [view for view in layout.views if for_view(config.reader, view, AUTO) == "text"]
     cells = layout.cells.with_columns(
         pl.when(pl.col("view").is_in(text)).then(pl.lit("text")).otherwise(pl.lit("file")).alias("kind")
@@ -200,12 +208,17 @@ def _locate(
         problems.append(f"{source.where(row, column)}: {value} {_sentence(problem)}")
     missing = wrong["problem"].str.starts_with("no such file").sum()
     if missing and missing * 2 >= wanted.height:
-        problems.append(
+        advice.append(
             f"{missing} of {wanted.height} files are missing. Paths are relative to {root}; if they are relative to "
             "another folder, give --root DIR."
         )
+    elif missing:
+        advice.append(
+            "A file that is listed has to be there, or its sample would lose a view unnoticed. Restore it, or empty "
+            "its cell: the view then counts as missing. (--on-error skip is for files that are there, but unreadable.)"
+        )
     if wrong["problem"].str.starts_with("leaves the root").any():
-        problems.append("paths that leave the root are refused unless you give --allow-outside")
+        advice.append("paths that leave the root are refused unless you give --allow-outside")
     return cells
 
 

@@ -32,7 +32,7 @@ class Samples:
         groups: what the split kept together, per row.
         present: (n, n_views) bool.
         content: per row the keys of its images.
-        failed: images that can't be read, or could not later on: they count as missing, or else their sample is left out.
+        failed: images that can't be read: missing views, but where the sample has no other or training had begun.
     """
 
     rows: NDArray[np.int64]
@@ -62,8 +62,8 @@ def choose_samples(start: Start, images: SampleImages, *, workers: int, reporter
     """Read every image once and split what can be used.
 
     A sample takes part if it has an image that can be read; one that can't counts as missing, as it does for a head on
-    cached features. Without a known target a sample is predicted only. Reading all of them first finds what fails before
-    hours of training, and the keys by which a split must not be torn.
+    cached features. Without a known target a sample is predicted only. Reading all of them first finds what fails
+    before hours of training, and the keys by which a split must not be torn.
 
     Raises:
         InputError: a view is missing and that is not allowed, the split is not valid, or no sample is left to train on.
@@ -114,12 +114,9 @@ def _allowed(start: Start, images: SampleImages, rows: NDArray[np.int64]) -> NDA
 def _what_failed(failed: list[Failure], kept: NDArray[np.int64], ids: list[str]) -> str:
     """What becomes of images that can't be read, in a line."""
     first, out = failed[0], {failure.sample for failure in failed} - set(kept.tolist())
-    which = f"{counted(len(failed), 'image')} can't be read (first: {ids[first.sample]}, {first.view}: {first.error})"
-    if not out:
-        return f"{which}: missing views of their samples"
-    return f"{which}: missing views of their samples; {counted(len(out), 'sample')} left out: {ids[min(out)]}" + (
-        " and others" if len(out) > 1 else ""
-    )
+    where = f"first: {ids[first.sample]}, {first.view} {first.path}: {first.error}"
+    lost = f", which leaves out {counted(len(out), 'sample')} (first: {ids[min(out)]})" if out else ""
+    return f"{counted(len(failed), 'image')} can't be read, taken as missing ({where}){lost}"
 
 
 def _split(start: Start, kept: NDArray[np.int64], content: list[tuple[str, ...]]) -> tuple[NDArray[Any], NDArray[Any]]:

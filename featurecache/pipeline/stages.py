@@ -61,7 +61,7 @@ def _figures(run: Any) -> dict[str, Any]:
             found |= {split: metrics[metric], f"n_{split}": metrics["n"]}
         if split == "test" and (ends := (metrics.get("intervals") or {}).get(metric)):
             found |= {"test_low": ends[0], "test_high": ends[1]}
-    return found
+    return {**found, "notes": notes} if (notes := run.record.get("notes")) else found
 
 
 def _ablate(layout: Layout, step: Step, resume: bool) -> dict[str, Any]:

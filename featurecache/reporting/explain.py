@@ -169,6 +169,9 @@ def explain(
         artist = Artist(run, network, head, method, choose_output(run, output), layer, seed)
         manifest = read_manifest(config)
         rows = choose_samples(manifest, samples)
+        if len(rows) < manifest.table.height and samples.isdecimal() and samples not in manifest.table["sample_id"]:
+            some = f"{len(rows)} of {manifest.table.height:,} samples, taken evenly from the manifest"
+            notes = [*notes, f"{some}; --samples ID,ID chooses others, --samples N how many"]
         workers = (os.cpu_count() or 1) if (given := whole(new.workers)) == "auto" else given
         folder = run.path / FOLDER if out is None else Path(out)
         made = Path(scratch) / FOLDER

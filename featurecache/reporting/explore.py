@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.amounts import counted
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
 from featurecache.reporting.embedding import alike_pairs, neighbours
@@ -178,10 +179,10 @@ def sampling_notes(dataset: FeatureDataset, rows: NDArray[np.int64], said: Said 
     if len(rows) < len(dataset):
         notes.append(f"The map shows {len(rows):,} of {len(dataset):,} samples, drawn at random (seed {seed}).")
     if dataset.n_dropped:
-        notes.append(f"{dataset.n_dropped:,} samples of the manifest have no features and are left out.")
+        notes.append(f"Left out for want of features: {counted(dataset.n_dropped, 'sample')} of the manifest.")
     lacking = 0 if said is None else int((said.places < 0).sum())
     if lacking:
-        notes.append(f"{lacking:,} samples have no prediction in the run.")
+        notes.append(f"Without a prediction in the run: {counted(lacking, 'sample')}.")
     return notes
 
 

@@ -72,6 +72,11 @@ def read_record(path: Path) -> dict[str, Any]:
         RunError: it is missing, no JSON, of an unknown kind, of a newer format, or lacks what every run has.
     """
     file = path / RECORD
+    if path.is_file():
+        raise RunError(
+            f"{path}: is a file, not a run directory. Where a command takes both, the run comes first: "
+            "featurecache predict RUN MANIFEST"
+        )
     if not file.is_file():
         raise RunError(f"{path}: not a run directory (it holds no {RECORD})")
     try:

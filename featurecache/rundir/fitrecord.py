@@ -179,7 +179,7 @@ def flow_of(
         unreadable={name for names in dataset.failed.values() for name in names},
         targets=target_of(dataset).names,
     )
-    notes = run_notes(found, target_of(dataset), dataset.target_config["task"])
+    notes = run_notes(found, target_of(dataset), str(dataset.target_config["task"]))
     return {**found, "notes": notes, "missing": dataset.missing}
 
 

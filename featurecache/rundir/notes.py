@@ -1,4 +1,4 @@
-"""What a person should look at again in a run's data: a column that looks like a group, a class that looks like none."""
+"""What to look at again in a run's data: a column that looks like a group, a class that looks like no class."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from featurecache.amounts import human_bytes
+from featurecache.amounts import counted, human_bytes
 from featurecache.calls import also
 from featurecache.errors import StoreError
 from featurecache.journal import withhold
@@ -45,8 +45,8 @@ class RecipePart:
         """As a person reads it."""
         recipe = self.stored.recipe
         rest = f", {len(self.failures):,} failures" if self.failures else ""
-        whole = "all of it" if self.whole else f"{len(self.rows):,} rows"
-        count = f", {len(self.rows):,} rows" if self.whole else ""
+        whole = "all of it" if self.whole else counted(len(self.rows), "row")
+        count = f", {counted(len(self.rows), 'row')}" if self.whole else ""
         body = recipe.fields.get("body")
         name = f", {body.get('architecture')}" if isinstance(body, dict) else ""
         return f"recipe    {recipe.id}{name}: {whole}{count}{rest}, {human_bytes(self.size)}"
@@ -127,7 +127,9 @@ class Removal:
         lines = [part.line() for part in self.parts]
         gone = "all its samples" if self.samples else "its table and labels; rows stay"
         lines += [f"dataset   {name}: {gone}" for name in self.datasets]
-        lines += [f"dataset   {each.name}: rewritten, {each.table.height:,} samples stay" for each in self.bindings]
+        lines += [
+            f"dataset   {each.name}: rewritten, {counted(each.table.height, 'sample')} left" for each in self.bindings
+        ]
         if self.samples:
             listed = f"{', '.join(self.samples[:10])}{' ...' * (len(self.samples) > 10)}"
             lines.append(f"samples   {len(self.samples):,}: {listed}")
@@ -136,9 +138,9 @@ class Removal:
         if self.listed:
             lines.append(f"failures  {self.listed:,} entries of failures.csv")
         if self.leftovers:
-            lines.append(f"leftovers {len(self.leftovers):,} files")
+            lines.append(f"leftovers {counted(len(self.leftovers), 'file')}")
         if not self.empty:
-            lines.append(f"in all    {self.rows:,} rows, {human_bytes(self.size)}")
+            lines.append(f"in all    {counted(self.rows, 'row')}, {human_bytes(self.size)}")
         return [*lines, *(f"note      {note}" for note in self.notes)]
 
 
@@ -178,7 +180,7 @@ class Removed:
     def lines(self) -> list[str]:
         """As a person reads it; after the lines of the plan."""
         if self.done:
-            return [f"dropped   {self.rows:,} rows; the store takes {human_bytes(self.bytes_freed)} less"]
+            return [f"dropped   {counted(self.rows, 'row')}; the store takes {human_bytes(self.bytes_freed)} less"]
         return ["nothing to drop" if self.plan.empty else "dry run: nothing was changed"]
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featurecache.amounts import human_bytes
+from featurecache.amounts import counted, human_bytes
 from featurecache.store.store import FeatureStore
 
 
@@ -120,12 +120,12 @@ class Holdings:
         lines = [f"store     {self.path}: {human_bytes(self.bytes)}, format {self.format}"]
         for recipe in self.recipes:
             taps = ", ".join(f"{name} {tap.shape} {tap.dtype}" for name, tap in recipe.taps.items())
-            rows = f"{recipe.rows:,} rows" + (" of replicas" if recipe.replicas else "")
+            rows = counted(recipe.rows, "row") + (" of replicas" if recipe.replicas else "")
             failed = f", {recipe.failures:,} failed" if recipe.failures else ""
             made = f"{recipe.body}, {recipe.engine} {recipe.precision}"
             lines.append(f"recipe    {recipe.id}: {rows}{failed}, {made}, {taps}")
         for dataset in self.datasets:
-            lines.append(f"dataset   {dataset.name}: {dataset.samples:,} samples of {dataset.manifest}")
+            lines.append(f"dataset   {dataset.name}: {counted(dataset.samples, 'sample')} of {dataset.manifest}")
             for name, view in dataset.views.items():
                 counts = {"done": view.done, "absent": view.absent, "failed": view.failed, "pending": view.pending}
                 states = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)

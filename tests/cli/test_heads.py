@@ -12,6 +12,7 @@ from stage_two import (
     metrics_from_predictions,
     quick,
     read_table,
+    samples,
     write_store,
     write_table,
 )
@@ -87,6 +88,28 @@ def test_labels_that_can_not_be_trained_are_said(store, tmp_path):
     words = ["--target", "l0,l39", "--head", "logistic", "--out", tmp_path / "run", "--bootstrap", 0]
     done = command("fit-head", store, "--dataset", "m", *words)
     assert "skipped   l39: without a known positive or negative in training" in done.out
+
+
+def test_a_split_that_tears_patients_is_noted(store, tmp_path):
+    words = ["fit-head", store, "--dataset", "m", "--target", "kind", "--head", "logistic", "--bootstrap", 0]
+    done = command(*words, "--out", tmp_path / "torn")
+    (line,) = [line for line in done.out.splitlines() if line.startswith("note ")]
+    assert line.startswith("note      no group was given, though column 'patient' looks like one: ")
+    assert line.endswith("values are on more than one side of the split; --group patient keeps each on one")
+    found = command(*words, "--out", tmp_path / "json", "--json").json
+    assert found["notes"] == [line.removeprefix("note      ")]
+    kept = command(*words, "--out", tmp_path / "kept", "--group", "patient", "--json")
+    assert kept.json["notes"] == []
+
+
+def test_one_is_one(tmp_path):
+    rows = samples(60, missing=0)
+    rows[5]["b"] = ""
+    store = write_store(tmp_path, rows=rows, state={"b3.png": "failed"})
+    words = ["fit-head", store, "--dataset", "m", "--target", "label", "--head", "logistic", "--bootstrap", 0]
+    done = command(*words, "--missing", "drop", "--out", tmp_path / "run")
+    assert "missing   view b of 1 sample: the image" in done.out
+    assert "left out  1 sample without the views" in done.out
 
 
 def test_json_is_flat_but_for_lists(store, tmp_path):

@@ -14,6 +14,10 @@ from featurecache import cli
     [
         (["fit-hed"], "Error: No such command 'fit-hed'. Did you mean 'fit-head'?\nSee: featurecache --help\n"),
         (["bodies", "shw"], "Error: No such command 'shw'. Did you mean 'show'?\nSee: featurecache bodies --help\n"),
+        (
+            ["extract", "m.csv", "--store", "s", "--group", "g"],
+            "No such option: --group. --group belongs to fit-head, ",
+        ),
         (["fit-head", "s", "--datset", "m"], "No such option: --datset. Did you mean '--dataset'?"),
         (["fit-head", "s"], "Error: Missing option '--dataset'"),
         (["extract", "m.csv", "--store", "s", "--layout", "wid"], "'--layout': 'wid' is not one of 'wide', 'long'."),
@@ -50,7 +54,9 @@ def test_nothing_asked_shows_the_help(words):
 def test_every_command_has_help_with_an_example(name):
     done = command(name, "--help")
     assert done.status == 0
-    assert "Example: featurecache" in " ".join(done.out.split())
+    words = " ".join(done.out.split())
+    assert "Example: featurecache" in words
+    assert "2 wrong use or bad input; 3 done, but some samples failed" in words
     for option in ("--json", "--quiet", "--debug"):
         assert option in done.out
 

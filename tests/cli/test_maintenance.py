@@ -51,7 +51,7 @@ def test_forget(store):
     done = command("forget", store, "--id", NAMES[0], "--yes")
     assert done.status == 0
     assert f"samples   1: {NAMES[0]}" in done.out
-    assert "dataset   people: rewritten, 23 samples stay" in done.out
+    assert "dataset   people: rewritten, 23 samples left" in done.out
     assert done.err.endswith(f"Next: featurecache verify {store}\n")
     assert traces(store, NAMES[0]) == {}
     done = command("forget", store, "--id", NAMES[0], "--yes")

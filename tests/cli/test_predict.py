@@ -96,6 +96,16 @@ def test_no_run(home, tmp_path):
     done = command("evaluate", tmp_path / "none")
     assert done.status == 2
     assert "no such run directory" in done.err
+    done = command("predict", home / "new/samples.csv", home / "runs/head", "--out", tmp_path / "p.csv")
+    assert done.status == 2
+    assert f"{home}/new/samples.csv: is a file, not a run directory. Where a command takes both, the run" in done.err
+
+
+def test_without_a_store_it_says_that_features_are_not_kept(home, tmp_path):
+    words = [home / "new/samples.csv", "--out", tmp_path / "p.csv", *TRUST]
+    kept = "features are not kept; with --store STORE only new images are computed"
+    assert kept in command("predict", home / "runs/head", *words).out
+    assert kept not in command("predict", home / "runs/joint", *words).out
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ def test_all_problems_are_found_at_once(root):
         f"m.csv, line 3, column 'g': ../out.png leaves the root ROOT: it is in {root.parent.resolve()}",
         "m.csv, line 4, column 'f': nope/x.png is missing: no such file: there is no folder nope",
         "m.csv, line 4, column 'g': d is a folder, not a file",
+        "A file that is listed has to be there, or its sample would lose a view unnoticed. Restore it, or empty its "
+        "cell: the view then counts as missing. (--on-error skip is for files that are there, but unreadable.)",
         "paths that leave the root are refused unless you give --allow-outside",
     ]
 
@@ -57,8 +59,9 @@ def test_the_message_shows_twenty_and_keeps_all(root):
     with pytest.raises(InputError) as caught:
         manifest(root, text, views={"v": "f"})
     assert len(caught.value.problems) == 51
-    assert "m.csv: 51 problems" in str(caught.value)
-    assert "... and 31 more" in str(caught.value)
+    assert "m.csv: 50 problems" in str(caught.value)
+    assert "... and 30 more" in str(caught.value)
+    assert str(caught.value).endswith("give --root DIR."), "what to do is always shown"
     assert caught.value.problems[-1] == (
         f"50 of 50 files are missing. Paths are relative to {root}; if they are relative to another folder, "
         "give --root DIR."

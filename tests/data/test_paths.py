@@ -55,6 +55,8 @@ def test_many_files_of_one_folder_are_listed(root):
         "m.csv, line 33, column 'f': many/31.png is missing: no such file in many",
         "m.csv, line 34, column 'f': many/sub is a folder, not a file",
         "m.csv, line 36, column 'f': many/pipe is not a regular file",
+        "A file that is listed has to be there, or its sample would lose a view unnoticed. Restore it, or empty its "
+        "cell: the view then counts as missing. (--on-error skip is for files that are there, but unreadable.)",
     ]
 
 

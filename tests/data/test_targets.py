@@ -63,7 +63,8 @@ def test_regression():
     assert found.known.tolist() == [True, True, True]
     assert target(["1", "2", "x", "x"], task="multiclass").task == "multiclass"
     assert refusal(["1", "2", "x"], task="regression") == (
-        "target columns\n  - column 'y': regression targets are finite numbers or empty; found sample 's2' (row 3): 'x'"
+        "the target can't be read\n"
+        "  - column 'y': regression targets are finite numbers or empty; found sample 's2' (row 3): 'x'"
     )
     assert "found sample 's0' (row 1): 'inf'" in refusal([float("inf"), 1.0], task="regression")
     assert "'1e300'" in refusal(["1e300", "2"], task="regression")
@@ -79,7 +80,7 @@ def test_multilabel():
     many = {"a": [0, 1, 2, 3, 4, 5, 6], "b": ["x", "0", "0", "0", "0", "0", "0"]}
     what = "multilabel targets are 0, 1 or empty (give --uncertain VALUE=ignore|zero|one for other marks)"
     assert refusal(many, ("a", "b"), task="multilabel", source="m.csv") == (
-        "m.csv: target columns\n"
+        "m.csv: the target can't be read\n"
         f"  - column 'a': {what}; "
         "found sample 's2' (row 3): '2'; sample 's3' (row 4): '3'; sample 's4' (row 5): '4'; sample 's5' (row 6): '5'; "
         "sample 's6' (row 7): '6'\n"
@@ -178,7 +179,8 @@ def test_given_classes():
         (
             [0, 1],
             {"names": ("yy", "y", "y")},
-            "target columns\n  - no column 'yy'. Did you mean 'y'?\n  - target 'y' is given twice",
+            "the target can't be read\n  - no column 'yy'. Did you mean 'y'? Columns: sample_id, y\n"
+            "  - target 'y' is given twice",
         ),
     ],
 )

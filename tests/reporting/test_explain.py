@@ -344,6 +344,8 @@ def test_command_writes_into_the_run_and_leaves_it_whole(home):
     again = command(*words)
     assert again.status == 0, again.err
     assert "hottest in" in again.out
+    assert "samples, taken evenly from the manifest; --samples ID,ID chooses others, --samples N how many" in again.out
+    assert done.json["notes"][-1].startswith("2 of ")
     assert sorted(path.suffix for path in (home / "logistic/explain").iterdir()) == [".json", ".png", ".png"]
 
 

@@ -311,6 +311,33 @@ def test_torn_samples_are_a_flag(tmp_path):
     assert '<p class="flag">Leak: 0 groups and 2 images are on more than one side.' in render(tmp_path / "r", record)
 
 
+@pytest.mark.parametrize(
+    ("likely", "said"),
+    [
+        (
+            None,
+            'class="lead">No group column was given: leaks between several samples of one patient were not checked.',
+        ),
+        (
+            {"column": NASTY, "values": 1700, "torn": 41},
+            "looks like one, and 41 of its 1,700 values are on more than one side: if these are patients, the figures",
+        ),
+        ({"column": NASTY, "values": 170, "torn": 0}, "looks like one; none of its 170 values is on two sides."),
+    ],
+)
+def test_patients_that_nobody_kept_together_are_not_said_to_be(tmp_path, likely, said):
+    record = {**directory(tmp_path / "r", predictions("binary")), **RICH, "split": {**RICH["split"], "group": None}}
+    record["leak_check"] = {**RICH["leak_check"], "level": None, "likely": likely}
+    text = render(tmp_path / "r", record)
+    assert said in text
+    assert "No image is on two sides." in text
+    assert "No leak found" not in text
+    assert ('class="flag">No group column' in text) == bool(likely and likely["torn"])
+    assert "<script" not in text
+    del record["leak_check"]["likely"]  # as runs of earlier versions have it
+    assert "were not checked." in render(tmp_path / "r", record)
+
+
 def test_folds_show_their_own_thresholds(tmp_path):
     made = predictions("binary")
     folds = np.arange(len(made.true)) % 3

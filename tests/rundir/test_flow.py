@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import polars as pl
 import pytest
 from stage_two import quick, samples, write_store
 
+from featurecache.config import HeadConfig
+from featurecache.crossval import fit_dataset
 from featurecache.dataset import FeatureDataset
 from featurecache.fit import fit_head
-from featurecache.rundir.flow import leak_check, sample_flow
+from featurecache.rundir.flow import leak_check, sample_flow, torn_values
 
 
 def test_each_sample_leaves_once():
@@ -61,10 +64,39 @@ def test_a_run_keeps_both(tmp_path):
     check = run.record["leak_check"]
     assert check["level"] == "patient"
     assert check["torn_groups"] == check["torn_images"] == 0
+    assert check["likely"] is None, "a group was given"
+    assert run.record["notes"] == []
     assert check["images"] == 2 * sum(run.metrics[side]["n"] for side in ("train", "valid", "test"))
     assert run.record["missing"] == "drop"
     assert not (run.path / "pictures").exists()
     assert json.loads((run.path / "mistakes.json").read_text())["notes"] == ["Pictures were not wanted."]
+
+
+def test_without_a_group_the_column_that_looks_like_one_is_counted(tmp_path):
+    rows = samples(80, missing=0)
+    for i, row in enumerate(rows):
+        row["kept"] = ("train", "train", "valid", "test")[i // 2 % 4]
+    store = write_store(tmp_path, rows=rows)
+    with quick():
+        options = {"head": "logistic", "bootstrap": 0, "images": "none"}
+        dataset = FeatureDataset(store, dataset="m", target="label")
+        run = fit_head(dataset, out=tmp_path / "run", **options)
+        sides = dict(run.predictions.select("sample_id", "split").iter_rows())
+        torn = sum(sides[f"s{i:03d}"] != sides[f"s{i + 1:03d}"] for i in range(0, 80, 2))
+        assert run.record["leak_check"]["likely"] == {"column": "patient", "values": 40, "torn": torn}
+        (note,) = run.record["notes"]
+        assert f"column 'patient' looks like one: {torn} of its 40 values" in note
+        kept = fit_head(dataset, out=tmp_path / "kept", split="kept", **options)
+        assert kept.record["leak_check"]["likely"] == {"column": "patient", "values": 40, "torn": 0}
+        assert kept.record["notes"] == []
+        folds = fit_dataset(dataset, HeadConfig.create({**options, "out": tmp_path / "folds"}), cv=2)
+        assert folds.record["leak_check"]["likely"]["torn"] > 0
+
+
+def test_values_of_unused_samples_and_empty_cells_are_not_counted():
+    table = pl.DataFrame({"sample_id": list("abcdef"), "patient": ["p", "p", "q", "q", None, None]})
+    found = torn_values(table, "patient", list("abcdef"), np.array(["0", "1", "0", "", "0", "1"]))
+    assert found == {"column": "patient", "values": 2, "torn": 1}
 
 
 @pytest.mark.parametrize("target", ["label", "kind", "size", "l0"])
