@@ -1,14 +1,11 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from dense_kit import TAPS, options, square, store_squares, write_squares
+from joint_kill import kill_at
 from PIL import Image
 from stage_two import metrics_from_predictions
 
@@ -144,25 +141,6 @@ def test_what_makes_no_sense_is_refused(manifest, tmp_path, changes, text):
     assert text in str(caught.value)
 
 
-SCRIPT = """
-import sys
-import torch
-from featurecache.config import JointConfig
-from featurecache.joint.finetune import finetune_joint
-from featurecache.progress import Silent
-
-class Tell(Silent):
-    steps = 0
-
-    def advance(self, task, n=1, *, status=""):
-        self.steps += task.startswith("epoch 2/")
-        print(task, self.steps, flush=True)
-
-torch.set_num_threads(1)
-finetune_joint(JointConfig.from_toml(sys.argv[1]), reporter=Tell())
-"""
-
-
 @pytest.fixture(scope="module")
 def never_killed(manifest, tmp_path_factory):
     torch.set_num_threads(1)
@@ -170,19 +148,10 @@ def never_killed(manifest, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["epoch 2/3 (unfrozen bodies) 2", "validation 2/", "predict"])
+@pytest.mark.parametrize("at", ["epoch 2/3 (unfrozen bodies) step 2", "validation 2/3 step 1", "predict step 1"])
 def test_sigkill_and_resume_give_the_weights_and_masks_of_the_uninterrupted_run(manifest, tmp_path, never_killed, at):
-    out, settings = tmp_path / "run", tmp_path / "joint.toml"
-    settings.write_text(config(manifest, out, epochs=2, checkpoint_every="1").to_toml())
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "plugins")}
-    command = [sys.executable, "-c", SCRIPT, str(settings)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if line.startswith(at):
-                process.kill()
-                break
-    assert process.returncode == -9
-    assert not out.exists()
+    out = tmp_path / "run"
+    kill_at(config(manifest, out, epochs=2, checkpoint_every="1"), tmp_path / "joint.toml", at)
     notes = []
     told = type("Told", (Silent,), {"note": lambda self, message: notes.append(message)})()
     resumed = finetune_joint(config(manifest, out, epochs=2, resume=True), reporter=told)

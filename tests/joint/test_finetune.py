@@ -1,14 +1,11 @@
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from joint_kill import kill_at
 from plugin_joint import tiny, write_samples
 from safetensors.torch import load_file
 
@@ -292,36 +289,11 @@ def test_a_run_of_python_says_so_and_holds_no_path_of_this_machine(run, manifest
     assert pl.read_csv(run.path / "splits.csv").columns == ["sample_id", "group", "split"]
 
 
-SCRIPT = """
-import sys
-import torch
-from featurecache.config import JointConfig
-from featurecache.joint.finetune import finetune_joint
-from featurecache.progress import Silent
-
-class Tell(Silent):
-    def begin(self, task, total, unit="images"):
-        print(task, flush=True)
-
-torch.set_num_threads(1)
-finetune_joint(JointConfig.from_toml(sys.argv[1]), reporter=Tell())
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("at", ["epoch 3/", "validation 4/", "predict"])
 def test_sigkill_and_resume_give_the_weights_of_the_uninterrupted_run(manifest, tmp_path, run, at):
-    out, settings = tmp_path / "run", tmp_path / "joint.toml"
-    settings.write_text(config(manifest, out).to_toml())
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "plugins")}
-    command = [sys.executable, "-c", SCRIPT, str(settings)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if line.startswith(at):
-                process.kill()
-                break
-    assert process.returncode == -9
-    assert not out.exists()
+    out = tmp_path / "run"
+    kill_at(config(manifest, out), tmp_path / "joint.toml", at)
     assert (tmp_path / "run.tmp" / "checkpoint" / "state.safetensors").is_file()
     resumed = finetune_joint(config(manifest, out, resume=True))
     for name in ("head.safetensors", "bodies/a.safetensors", "bodies/b.safetensors", "predictions.csv"):
