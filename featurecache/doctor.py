@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from featurecache.amounts import counted
 from featurecache.errors import FeatureCacheError, MissingFileError
 from featurecache.machine.memory import free_memory
 from featurecache.rundir.record import package_version
@@ -244,7 +245,8 @@ def _store(path: Path) -> Iterator[Check]:
         yield Check("store", "FAIL", str(error).splitlines()[0], fix)
         return
     rows = sum(recipe["rows"] for recipe in info["recipes"])
-    what = f"format {info['format']}, {len(info['recipes'])} recipes, {rows:,} rows, {len(info['datasets'])} datasets"
+    parts = ((len(info["recipes"]), "recipe"), (rows, "row"), (len(info["datasets"]), "dataset"))
+    what = f"format {info['format']}, {', '.join(counted(*part) for part in parts)}"
     yield Check("store", "PASS", what)
     if not os.access(path, os.W_OK):
         yield Check("writing", "WARN", "the store is read-only", "Copy it to where you may write, to add to it.")

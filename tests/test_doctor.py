@@ -71,7 +71,7 @@ def test_a_network_file_system_is_warned_of(monkeypatch, tmp_path):
 def test_store(tmp_path):
     checks = named(doctor._store(write_store(tmp_path, 8, state={"a3.png": "failed"})))
     assert checks["store"].status == "PASS"
-    assert "1 recipes" in checks["store"].found
+    assert "1 recipe," in checks["store"].found
     assert checks["writer lock"].found == "nobody writes"
     assert checks["dataset m"].found == "8 samples, 1 failed"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurecache.amounts import human_bytes
+from featurecache.amounts import counted, human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, pasteable
 from featurecache.cli.progress import reporter
@@ -151,7 +151,8 @@ def compact(
             "bytes_before": made.bytes_before,
             "bytes": made.bytes,
         }
-        output.text(f"made      {made.path}: {made.recipes:,} recipes, {made.rows:,} rows, {made.datasets:,} datasets")
+        parts = ((made.recipes, "recipe"), (made.rows, "row"), (made.datasets, "dataset"))
+        output.text(f"made      {made.path}: {', '.join(counted(*part) for part in parts)}")
         output.text(f"          {human_bytes(made.bytes_before)} -> {human_bytes(made.bytes)}, verified")
         output.next = pasteable("info", made.path)
 
