@@ -218,13 +218,13 @@ def finetune_joint(
 
 def cache_tuned(run: Run, params: Mapping[str, Any], path: str) -> str:
     """The command that keeps the tuned bodies' features of the same samples."""
-    views = (run.record.get("manifest_config") or {}).get("views") or {}
-    named = [word for view, column in views.items() for word in ("--view", f"{view}={column}")]
-    chosen = {name: params[name] for name in ("view_column", "path_column", "id", "root") if params[name] is not None}
-    if params["layout"] != opt.Layout.wide:
-        chosen["layout"] = params["layout"]
-    if params["multi"] != opt.Multi.error:
-        chosen["multi"] = params["multi"]
+    read = run.record.get("manifest_config") or {}  # with what `--init` knew of it
+    named = [word for view, column in (read.get("views") or {}).items() for word in ("--view", f"{view}={column}")]
+    chosen = {name: read.get(name) for name in ("layout", "view_column", "path_column", "multi", "id")}
+    usual = {"layout": opt.Layout.wide, "multi": opt.Multi.error}
+    chosen = {name: value for name, value in chosen.items() if value != usual.get(name)}
+    if params["root"] is not None:
+        chosen["root"] = params["root"]
     how = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
     words = [*([] if params["manifest"].is_dir() else named), *how, "--body", f"run:{path}"]
     return pasteable("extract", params["manifest"], "--store", params["store"] or "cache", *words)

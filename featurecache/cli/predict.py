@@ -67,10 +67,7 @@ def predict(
         if any(scored.files):
             output.text(f"masks     in {(path.parent / next(filter(None, scored.files))).parent}")
         output.text(f"images    computed {scored.computed:,}, reused {scored.reused:,}")
-        if store is None and loaded.kind == "head":
-            output.text(
-                "note      features are not kept; with --store STORE only new images are computed the next time"
-            )
+        tell_unkept(output, loaded, store)
         labelled = len(sources) == 1 and set(loaded.targets) <= set(scored.table.columns)
         output.next = after_predicting(run, typed_command(), measurable=labelled)
 
@@ -118,6 +115,8 @@ def evaluate(
         else:
             found = measure_new(loaded, manifest, ctx.params)
         show_evaluation(output, loaded, found, by or "")
+        if manifest is not None:
+            tell_unkept(output, loaded, store)
 
 
 def after_predicting(run: Path, typed: str, *, measurable: bool) -> str:
@@ -197,3 +196,9 @@ def tell_notes(output: Output, notes: list[str]) -> None:
     output.figures["notes"] = notes
     for note in notes:
         output.text(f"note      {note}")
+
+
+def tell_unkept(output: Output, run: Run, store: Path | None) -> None:
+    """That the same images would be computed once more; a joint run's are each time."""
+    if store is None and run.kind == "head":
+        output.text("note      features are not kept; with --store STORE only new images are computed the next time")

@@ -229,6 +229,19 @@ class SampleImages:
                 for future in waiting:
                     future.cancel()
 
+    def readable(
+        self, samples: Sequence[int] | NDArray[np.int64], *, workers: int = 1, ahead: int = 64
+    ) -> Generator[tuple[Loaded | Failure, list[Failure]], None, None]:
+        """`items`, each with its images that can't be read; these count as missing where their sample has another."""
+        for item in self.items(samples, workers=workers, ahead=ahead):
+            failed: list[Failure] = []
+            while isinstance(item, Failure):
+                failed.append(item)
+                if not self.leave_out(item):
+                    break
+                [item] = self.items([item.sample])
+            yield item, failed
+
     def batches(
         self, plan: Sequence[NDArray[np.int64]], *, epoch: int | None = None, workers: int = 1
     ) -> Generator[Batch, None, None]:

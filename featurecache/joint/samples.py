@@ -73,13 +73,9 @@ def choose_samples(start: Start, images: SampleImages, *, workers: int, reporter
     content: dict[int, tuple[str, ...]] = {}
     reporter.begin("read", len(wanted), "samples")
     try:
-        for item in images.items(wanted, workers=workers):
-            while isinstance(item, Failure):
-                failed.append(item)
-                if not images.leave_out(item):
-                    break
-                [item] = images.items([item.sample])
-            else:
+        for item, unread in images.readable(wanted, workers=workers):
+            failed += unread
+            if not isinstance(item, Failure):
                 content[item.sample] = tuple(key.hex() for key in item.keys)
             reporter.advance("read", 1, status=f"{len(failed)} failed" if failed else "")
     finally:

@@ -134,7 +134,8 @@ def explain(
 ) -> Explained:
     """Draw where a model looks.
 
-    Of several images of a view the first is drawn and counts; texts count, but are not drawn. Everything runs in torch,
+    Of several images of a view the first is drawn and counts; texts count, but are not drawn. An image that can't be
+    read counts as missing where its sample has another. Everything runs in torch,
     in fp32; heads run on the CPU.
 
     Args:
@@ -194,17 +195,16 @@ def _draw_all(
     failures: list[dict[str, str]] = []
     reporter.begin("explain", len(rows), "samples")
     try:
-        loaded = SampleImages(manifest, artist.network.setups).items(rows, workers=workers, ahead=workers)
-        for number, (row, found) in enumerate(zip(rows, loaded, strict=True)):
+        loaded = SampleImages(manifest, artist.network.setups).readable(rows, workers=workers, ahead=workers)
+        for number, (row, (found, unread)) in enumerate(zip(rows, loaded, strict=True)):
             name = str(manifest.table["sample_id"][row])
-            if isinstance(found, Failure):
-                failures.append({"sample_id": name, "view": found.view, "path": found.path, "error": found.error})
-            elif artist.network.pictured(found.images):
+            failures += [{"sample_id": name, "view": f.view, "path": f.path, "error": f.error} for f in unread]
+            if not isinstance(found, Failure) and artist.network.pictured(found.images):
                 shown = {view: some[0].contiguous() for view, some in found.images.items()}
                 file = f"{number:03d}-{_UNSAFE.sub('_', name)[:60]}.png"
                 about = {"sample_id": name, "file": file, "target": target_text(artist.run, manifest, row)}
                 entries.append({**about, **artist.draw(shown, about, folder / file)})
-            else:
+            elif not unread:
                 failures.append({"sample_id": name, "view": "", "path": "", "error": "has no image of the views"})
             reporter.advance("explain", 1)
     finally:

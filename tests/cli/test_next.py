@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 from stage_two import command, write_store
 
-from featurecache.cli import options as opt
 from featurecache.cli.joint import cache_tuned
 from featurecache.cli.predict import after_predicting
 
@@ -32,12 +31,17 @@ def test_new_samples_are_measured_where_they_have_labels():
 
 
 def test_tuned_bodies_are_cached_from_the_same_manifest():
-    run = SimpleNamespace(record={"manifest_config": {"views": {"a": "front", "b": "PA,AP"}}})
-    params = {"manifest": Path("m.csv"), "store": None, "layout": opt.Layout.long, "view_column": "pos", "id": None,
-              "path_column": "path", "root": None, "multi": opt.Multi.error}  # fmt: skip
+    read = {"views": {"a": "front", "b": "PA,AP"}, "layout": "long", "view_column": "pos", "path_column": "path",
+            "multi": "error", "id": "study no", "root": "/where/the/run/read"}  # fmt: skip
+    run = SimpleNamespace(record={"manifest_config": read})
+    params = {"manifest": Path("m.csv"), "store": None, "root": Path("images")}  # the rest is known from --init
     assert cache_tuned(run, params, "runs/j") == (
-        "featurecache extract m.csv --store cache --view a=front --view b=PA,AP --view-column pos --path-column path "
-        "--layout long --body run:runs/j"
+        "featurecache extract m.csv --store cache --view a=front --view b=PA,AP --layout long --view-column pos "
+        "--path-column path --id 'study no' --root images --body run:runs/j"
+    )
+    run.record["manifest_config"] = {"views": {"a": "a"}, "layout": "wide", "multi": "error", "id": None}
+    assert cache_tuned(run, {**params, "root": None}, "runs/j") == (
+        "featurecache extract m.csv --store cache --view a=a --body run:runs/j"
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from stage_two import command, hashes, installed, quick, read_table, write_home, write_table
@@ -106,6 +107,9 @@ def test_without_a_store_it_says_that_features_are_not_kept(home, tmp_path):
     kept = "features are not kept; with --store STORE only new images are computed"
     assert kept in command("predict", home / "runs/head", *words).out
     assert kept not in command("predict", home / "runs/joint", *words).out
+    again = shutil.copy(home / "new/samples.csv", home / "new/again.csv")
+    assert kept in command("evaluate", home / "runs/head", again, *TRUST).out
+    assert kept not in command("evaluate", home / "runs/head").out
 
 
 @pytest.mark.slow

@@ -313,7 +313,7 @@ def test_other_files_are_not_replaced(home, tmp_path):
     assert (folder / "thesis.txt").exists()
 
 
-def test_an_image_that_can_not_be_read_is_listed(home, tmp_path):
+def test_an_image_that_can_not_be_read_is_listed_and_its_sample_drawn_without(home, tmp_path):
     table = pl.read_csv(home / "data/patches.csv").head(3)
     (tmp_path / "images").symlink_to(home / "data/images")
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -321,7 +321,8 @@ def test_an_image_that_can_not_be_read_is_listed(home, tmp_path):
     table.write_csv(tmp_path / "new.csv")
     samples = NewSamples(sources=(str(tmp_path / "new.csv"),), manifest={"allow_outside": True}, **TRUST)
     made = explain(load_run(home / "logistic"), samples, samples="s00,s01,s02", out=tmp_path / "heat")
-    assert [entry["sample_id"] for entry in made.samples] == ["s00", "s02"]
+    assert [entry["sample_id"] for entry in made.samples] == ["s00", "s01", "s02"]
+    assert [entry["alt"].split(": ")[1].split(" with")[0] for entry in made.samples] == ["a, b", "b", "a, b"]
     assert [(row["sample_id"], row["view"], row["path"]) for row in made.failures] == [("s01", "a", "bad.png")]
 
 
