@@ -107,7 +107,9 @@ def extract(
     augment: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,NAME", help="crop, flip, vflip, rotate, colour; default crop,flip.", rich_help_panel=REPLICAS
+            metavar="NAME,NAME",
+            help="crop, flip, vflip, rotate, colour; how strong: crop:0.7,rotate:5. Default crop,flip.",
+            rich_help_panel=REPLICAS,
         ),
     ] = None,
     dry_run: Annotated[

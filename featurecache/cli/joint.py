@@ -112,7 +112,7 @@ def finetune_joint(
         list[str] | None,
         typer.Option(
             metavar="A,B or VIEW=A,B",
-            help="crop, flip, vflip, rotate, colour, mixup, cutmix; none. Default crop,flip.",
+            help="crop, flip, vflip, rotate, colour (crop:0.7: how strong), mixup, cutmix; none. Default crop,flip.",
             rich_help_panel=net.TRAIN,
         ),
     ] = None,

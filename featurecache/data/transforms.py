@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,6 +23,7 @@ from featurecache.errors import InputError, did_you_mean
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Augmentation", "Draw", "Preprocessing", "resize", "to_tensor", "uniforms"]
 
 AUGMENTATIONS = ("crop", "flip", "vflip", "rotate", "colour")
+STRENGTHS = {"crop": "area", "rotate": "degrees", "colour": "strength"}  # the field that says how strong
 
 
 def uniforms(count: int, *key: int | str) -> list[float]:
@@ -95,6 +96,33 @@ class Augmentation:
             raise InputError(
                 f"augmentation: degrees={self.degrees} must be 0 to 180, strength={self.strength} 0 to < 1"
             )
+
+    @classmethod
+    def of(cls, words: Iterable[str]) -> Augmentation:
+        """From names, of which some may say how strong: `crop:0.7`, `rotate:5`, `colour:0.1`.
+
+        Args:
+            words: names as in `names`; after a colon the smallest area of a crop, the largest rotation in degrees, or
+                the largest relative change of colours.
+
+        Raises:
+            InputError: an unknown name, something that has no strength, or one that can't be.
+        """
+        strengths: dict[str, Any] = {}
+        names: dict[str, None] = {}
+        for word in words:
+            name, colon, text = word.partition(":")
+            names[name] = None
+            if not colon or name not in AUGMENTATIONS:  # an unknown name is refused below
+                continue
+            if name not in STRENGTHS:
+                raise InputError(f"augmentation {word!r}: {name} has no strength. Write {name}.")
+            try:
+                value = float(text)
+            except ValueError:
+                raise InputError(f"augmentation {word!r}: {text!r} is no number. Write it like {name}:0.5.") from None
+            strengths[STRENGTHS[name]] = (value, 1.0) if name == "crop" else value
+        return cls(tuple(names), **strengths)
 
     def parameters(self) -> dict[str, Any]:
         """All fields, as JSON values; `from_parameters` reads them back."""

@@ -21,7 +21,7 @@ def own_augmentations(
 ) -> dict[str, list[Augmentation | None]]:
     """Per view that has such a column, what is changed in each sample of the manifest; None for nothing.
 
-    An empty cell stands for what is usual in the view, `none` for nothing, `flip+rotate` for these and no others.
+    An empty cell stands for what is usual in the view, `none` for nothing, `flip+rotate:5` for these and no others.
 
     Args:
         config: its `augment_column` names the columns, for all views or by view.
@@ -61,13 +61,16 @@ def _made(text: str, usual: Augmentation | None) -> Augmentation | str | None:
         return usual
     if names == (NONE,):
         return None
-    for name in names:
+    for name in (word.partition(":")[0] for word in names):
         if name in MIXINGS:
             return f"{name!r} mixes two samples, so it is for all of them: --augment {name}"
         if name not in AUGMENTATIONS:
             known = f"{', '.join(AUGMENTATIONS)}, or {NONE} alone"
             return f"unknown augmentation {name!r}.{did_you_mean(name, AUGMENTATIONS)} Known: {known}."
-    return Augmentation(names)
+    try:
+        return Augmentation.of(names)
+    except InputError as error:
+        return str(error)
 
 
 def _rows(manifest: Manifest, view: str) -> dict[int, str]:

@@ -18,10 +18,10 @@ from featurecache.bodies.identity import Identity, identify
 from featurecache.bodies.tapped import Tapped
 from featurecache.bodies.taps import dummy
 from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, JointConfig, ManifestConfig, Tap
-from featurecache.data.transforms import AUGMENTATIONS
 from featurecache.errors import InputError, RecipeMismatchError
 from featurecache.extract import Summary, extract
 from featurecache.joint.images import Batch, Failure, Loaded, SampleImages
+from featurecache.joint.mixing import MIXINGS
 from featurecache.joint.start import Start
 from featurecache.machine.memory import free_memory
 from featurecache.progress import Reporter
@@ -71,7 +71,7 @@ def cache_lower_part(start: Start, reporter: Reporter) -> Summary:
         replicas=config.replicas,
         augment=replica_augmentation(config),
     )
-    if not config.replicas and any(set(names) & set(AUGMENTATIONS) for names in config.augment.values()):
+    if not config.replicas and any(set(names) - set(MIXINGS) for names in config.augment.values()):
         reporter.note("--train-from without --replicas: the cached activations are of the plain images, not augmented")
     summary = extract(stage, reporter)
     check_weights(start, lower_identities(start))
@@ -90,7 +90,7 @@ def replica_augmentation(config: JointConfig) -> tuple[str, ...]:
         raise InputError("--replicas: all samples have as many of them; leave out --augment-column")
     if set(config.augment) - {ANY_VIEW}:
         raise InputError("--replicas: they are augmented alike in all views; leave VIEW= out of --augment")
-    names = tuple(name for name in config.augment.get(ANY_VIEW, ()) if name in AUGMENTATIONS)
+    names = tuple(name for name in config.augment.get(ANY_VIEW, ()) if name not in MIXINGS)
     if not names:
         raise InputError("--replicas: without --augment they would all be the plain image; leave one of them out")
     return names

@@ -107,7 +107,7 @@ def augmentations(config: JointConfig, views: Sequence[str]) -> dict[str, Augmen
     for view in views:
         names = tuple(name for name in for_view(config.augment, view, ()) if name not in MIXINGS)
         if names:
-            found[view] = Augmentation(names)
+            found[view] = Augmentation.of(names)
     return found
 
 

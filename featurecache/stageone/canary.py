@@ -26,7 +26,7 @@ KEPT = 256  # values kept per input and tap: enough to see drift, small enough f
 # Relative centred error ||a - b|| / ||b - mean(b)|| beyond which a process may not append. Between correct kernels
 # fp32 features differ by about 1e-6 and low-precision ones by up to 0.014.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.01}
-LIBRARIES = ("featurecache", "torch", "torchvision", "openvino", "timm", "pillow", "pydicom", "numpy", "zarr")
+LIBRARIES = ("featurecache", "torch", "torchvision", "openvino", "timm", "pillow", "pydicom", "numpy")
 
 
 def versions() -> dict[str, str]:

@@ -74,12 +74,8 @@ class DrawnVersion:
 
 
 def augmentation(names: Sequence[str]) -> Augmentation:
-    """The augmentation of these names, in whatever order they are given.
-
-    Raises:
-        InputError: no such name; lists them.
-    """
-    return Augmentation(names=tuple(sorted(set(names or DEFAULT))))
+    """The augmentation of these names, in whatever order they are given; see `Augmentation.of`."""
+    return Augmentation.of(sorted(set(names or DEFAULT)))
 
 
 def replica_of(recipe: Recipe, preprocessing: Preprocessing, number: int) -> Replica | None:

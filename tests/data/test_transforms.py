@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -114,6 +115,30 @@ def test_types_and_sizes_are_those_of_the_preprocessing():
         assert (got.shape, got.dtype) == (plain.shape, plain.dtype)
     with pytest.raises(InputError, match="augmentation 'crop' needs a fixed size"):
         everything.apply(image, Preprocessing(resize=30, crop=None), everything.draw(1, 2, 3), 0)
+
+
+def test_a_name_may_say_how_strong():
+    assert Augmentation.of(["crop", "flip"]) == Augmentation()
+    found = Augmentation.of(["crop:0.7", "rotate:5", "flip", "colour:0.1"])
+    assert found == Augmentation(("crop", "rotate", "flip", "colour"), area=(0.7, 1.0), degrees=5.0, strength=0.1)
+    assert min(found.draw(0, 0, sample).area for sample in range(200)) >= 0.7
+    assert max(abs(found.draw(0, 0, sample).angle) for sample in range(200)) <= 5
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("flip:0.5", "'flip:0.5': flip has no strength. Write flip"),
+        ("crop:half", "'half' is no number. Write it like crop:0.5"),
+        ("crop:", "'' is no number"),
+        ("crop:1.5", "0 < smallest <= largest <= 1"),
+        ("rotate:nan", "must be 0 to 180"),
+        ("crp:0.5", "unknown augmentation 'crp'. Did you mean 'crop'"),
+    ],
+)
+def test_a_strength_that_can_not_be_is_refused(word, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        Augmentation.of(["flip", word])
 
 
 def test_the_result_depends_on_the_parameters_of_the_preprocessing_alone():

@@ -32,11 +32,11 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """24 samples; column `change` is empty for even ones, `none` for s001, `vflip` for s003, `flip+colour` else."""
+    """24 samples; column `change` is empty for even ones, `none` for s001, `vflip` for s003, `flip+colour:0.3` else."""
     path = write_samples(tmp_path_factory.mktemp("own"), 24)
     header, *rows = path.read_text().splitlines()
     said = {1: "none", 3: " vflip "}
-    rows = [f"{row},{said.get(i, 'flip+colour') if i % 2 else ''}" for i, row in enumerate(rows)]
+    rows = [f"{row},{said.get(i, 'flip+colour:0.3') if i % 2 else ''}" for i, row in enumerate(rows)]
     path.write_text("\n".join([f"{header},change", *rows]) + "\n")
     return path
 
@@ -69,7 +69,7 @@ def test_it_may_be_for_one_view_and_stand_without_any_usual_one(manifest):
 
 
 def test_bad_cells_are_all_told_with_row_and_column(manifest, tmp_path):
-    text = manifest.read_text().replace("flip+colour", "flop").replace(" vflip ", "mixup")
+    text = manifest.read_text().replace("flip+colour:0.3", "flop").replace(" vflip ", "mixup")
     path = manifest.with_name("bad.csv")
     path.write_text(text)
     with pytest.raises(InputError) as caught:

@@ -30,6 +30,8 @@ def test_what_is_augmented_is_told_per_view_and_mixing_is_for_all():
         "a": ("crop",), "b": ("colour",),
     }  # fmt: skip
     assert mixing(made) == ("mixup",)
+    gentle = augmentations(config(augment={"*": ["crop:0.8", "rotate:3", "cutmix"]}), ("a",))["a"]
+    assert (gentle.names, gentle.area, gentle.degrees) == (("crop", "rotate"), (0.8, 1.0), 3.0)
     assert augmentations(config(augment=()), ("a",)) == {}
 
 

@@ -101,6 +101,9 @@ def test_the_recipe_is_the_plain_one_and_the_augmentation(manifest, tmp_path):
     found = augmented.recipe.fields["augmentation"]
     assert (found["seed"], found["version"], found["names"]) == (4, 1, ["colour", "crop", "flip"])
     assert augmentation(["flip", "crop"]) == augmentation(["crop", "flip", "crop"]) == augmentation([])
+    gentle = augmentation(["flip", "crop:0.7"])
+    assert gentle == augmentation(["crop:0.7", "flip"]) != augmentation(["crop", "flip"])
+    assert gentle.parameters()["area"] == [0.7, 1.0]
 
 
 # ---- what is computed ------------------------------------------------------------------------------------------------
