@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,11 @@ from featurecache.errors import InputError
 if TYPE_CHECKING:
     from featurecache.reporting.ablate import Ablation
 
+SAME = (
+    "tap", "recipe", "manifest", "allow_partial", "missing", "task", "uncertain", "split", "group", "seed", "valid",
+    "test",
+)  # fmt: skip
+"""Options that `fit-head` has with the same meaning."""
 EPILOG = "Example: featurecache ablate cache --dataset manifest --target label --head logistic,xgboost --seeds 5"
 
 
@@ -103,8 +109,34 @@ def ablate(
 
             write_report(loaded.path)
         show(output, found, folder)
-        fused = "--views", ",".join(data.views), "--head", heads[0]
-        output.next = pasteable("fit-head", store, "--dataset", dataset, "--target", target, *fused)
+        output.next = pasteable(*fit_best(ctx, heads, best_views(found, heads[0], data.views)))
+
+
+def best_views(found: Ablation, head: str, views: Sequence[str]) -> list[str]:
+    """All views where joining them helps the head, else the one that is better alone."""
+    joined = [arm for arm in found.arms if arm.head == head and arm.arm in ("fused", "late")]
+    return list(views) if any(arm.words == "better" for arm in joined) else [found.reference[head]]
+
+
+def fit_best(ctx: typer.Context, heads: Sequence[str], views: Sequence[str]) -> list[str]:
+    """The command that fits the first head on these views, with the division and labels of the ablation."""
+    params, head = ctx.params, heads[0]
+    words = ["fit-head", params["store"], "--dataset", params["dataset"], "--target", params["target"]]
+    words += ["--views", ",".join(views), "--head", head]
+    for name in SAME:
+        value, flag = params[name], f"--{name.replace('_', '-')}"
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            several = value if isinstance(value, list | tuple) else [value]
+            if name in ("tap", "recipe"):  # not those of a view that is left out
+                several = [each for each in several if "=" not in each or each.partition("=")[0] in views]
+            words += [flag if each is True else f"{flag}={each}" for each in several]
+    for text in params["setting"] or ():
+        prefix, dot, rest = text.partition(".")
+        if not (dot and prefix in heads):
+            words += ["--set", text]
+        elif prefix == head:
+            words += ["--set", rest]
+    return [str(word) for word in words]
 
 
 def make_folder(out: Path, *, overwrite: bool) -> None:

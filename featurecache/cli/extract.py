@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 
 from featurecache.amounts import human_bytes
 from featurecache.cli import options as opt
-from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable
+from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable, planned_command
 from featurecache.cli.progress import reporter
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def extract(
             output.figures = plan.to_json()
             for line in plan.lines():
                 output.text(line)
+            output.next = planned_command()
             return
         from featurecache.stageone.survey import Survey
 
@@ -167,10 +169,16 @@ def extract(
 
         with reporter(quiet=quiet) as progress:
             summary = run(config, progress, survey)
-        show(output, summary)
+        show(output, summary, one_tap(opt.taps(tap, names)))
 
 
-def show(output: Output, summary: Summary) -> None:
+def one_tap(taps: Mapping[str, list[str]]) -> list[str]:
+    """`--tap NAME` for the first of several, which a head that takes one has to be told."""
+    several = {view: names[0] for view, names in taps.items() if len(names) > 1}
+    return [word for view, name in several.items() for word in ("--tap", name if view == "*" else f"{view}={name}")]
+
+
+def show(output: Output, summary: Summary, tap: Sequence[str] = ()) -> None:
     """What a person and a script want to know of a run of stage one."""
     output.outputs = [summary.store]
     output.figures = summary.to_json()
@@ -191,5 +199,5 @@ def show(output: Output, summary: Summary) -> None:
     output.text(f"time      {parts}")
     target = summary.target or "COLUMN"
     output.next = pasteable(
-        "fit-head", summary.store, "--dataset", summary.dataset, "--target", target, "--head", "logistic"
+        "fit-head", summary.store, "--dataset", summary.dataset, "--target", target, "--head", "logistic", *tap
     )

@@ -10,7 +10,7 @@ import typer
 
 from featurecache.amounts import counted, human_bytes
 from featurecache.cli import options as opt
-from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, pasteable
+from featurecache.cli.output import FAILED, Debug, Json, Output, Quiet, command, pasteable, planned_command
 from featurecache.cli.progress import reporter
 from featurecache.errors import InputError
 
@@ -173,7 +173,10 @@ def _go(plan: Removal, output: Output, *, dry_run: bool, yes: bool) -> None:
         removed = remove(plan, dry_run=dry_run, reporter=progress)
     output.figures |= removed.to_json()
     output.lines += removed.lines()
-    output.next = pasteable("verify", plan.path) if removed.done else ""
+    if dry_run and not plan.empty:
+        output.next = planned_command()
+    elif removed.done:
+        output.next = pasteable("verify", plan.path)
 
 
 def _agreed(plan: Removal) -> bool:

@@ -177,3 +177,8 @@ def pasteable(*words: object) -> str:
 def typed_command() -> str:
     """The command line as it was typed, for the record of a run."""
     return shlex.join(["featurecache", *sys.argv[1:]])
+
+
+def planned_command() -> str:
+    """The command line as it was typed, but for `--dry-run`: what carries out what was planned."""
+    return shlex.join(["featurecache", *(word for word in sys.argv[1:] if word != "--dry-run")])

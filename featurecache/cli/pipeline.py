@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featurecache.cli import options as opt
-from featurecache.cli.output import Debug, Json, Output, Quiet, command, typed_command
+from featurecache.cli.output import Debug, Json, Output, Quiet, command, planned_command, typed_command
 from featurecache.cli.progress import reporter
 from featurecache.cli.typed import toml_value
 
@@ -48,7 +48,7 @@ def pipeline(
         for step in steps:
             output.text(f"{step.kind:<9} {step.name:<{width}}  {step.state:<6}  {step.why or told(step)}".rstrip())
         if dry_run:
-            output.next = " ".join(word for word in typed_command().split(" ") if word != "--dry-run")
+            output.next = planned_command()
             return
         show_details(output, steps)
         output.failed = done.failures

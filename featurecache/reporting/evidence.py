@@ -20,6 +20,12 @@ ARMS = {
     "shuffled": "all views, partners of other samples",
 }
 TRIALS = 5  # listed
+WEIGHTING = ("class_weight", "pos_weight")
+JOINT = (
+    "epochs", "freeze_epochs", "unfreeze", "lr", "body_lr", "warm_up", "weight_decay", "clip", "accumulate", "ema",
+    "batch_size", "patience", "view_dropout", "share_bodies", "train_from", "augment",
+)  # fmt: skip
+"""What joint training goes by; where the head has a setting of that name, it is not used."""
 MOST_MAPS = 12
 
 
@@ -106,7 +112,9 @@ def training(material: Material) -> dict[str, Any] | None:
     if material.evaluation is not None:
         return None
     settings = dict((record.get("head") or {}).get("settings") or {})
-    weighting = {name: value for name, value in settings.items() if "weight" in name and name != "weight_decay"}
+    if record["kind"] == "joint":
+        settings |= {name: record["config"][name] for name in JOINT if name in record["config"]}
+    weighting = {name: settings.pop(name) for name in WEIGHTING if name in settings}
     weights = ", ".join(f"{name} {_plain(value)}" for name, value in weighting.items() if value not in (None, False))
     calibration = record.get("calibration") or {}
     method = str(calibration.get("method") or "")
@@ -119,13 +127,21 @@ def training(material: Material) -> dict[str, Any] | None:
     if "tuning" in record and not trials.is_empty():
         plots.append(drawn.trials_plot(trials, str(record["tuning"]["metric"])))
     return {
-        "settings": ", ".join(f"{name} {_plain(value)}" for name, value in settings.items() if name not in weighting),
+        "settings": ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()),
+        "kept": _kept(record.get("best_epoch")),
         "weights": weights or "none: every sample counts the same",
         "calibration": f"{said}, fitted on validation samples only" if said else "none: probabilities as the head says",
         "seconds": record.get("seconds_fit"),
         "plots": plots,
         "tuning": _tuning(record, trials),
     }
+
+
+def _kept(epoch: int | None) -> str:
+    """Whose weights a joint run kept; empty where that is not known."""
+    if epoch is None or epoch < 0:
+        return ""
+    return f"those of epoch {epoch}, with the lowest validation loss" if epoch else "those of the start"
 
 
 def _tuning(record: Mapping[str, Any], trials: pl.DataFrame) -> dict[str, Any] | None:
@@ -154,6 +170,10 @@ def _tuning(record: Mapping[str, Any], trials: pl.DataFrame) -> dict[str, Any] |
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return (
+            ", ".join(f"{_plain(each)}{'' if name == '*' else f' of {name}'}" for name, each in value.items()) or "none"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_plain, value)) + "]"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -31,22 +31,42 @@ def metrics(material: Material) -> dict[str, Any] | None:
         for name in splits
     ]
     rows = _metric_rows([material.metrics[name] for name in splits])
-    baseline = ""
-    figures, task = material.figures, material.record["task"]
-    if task == "binary" and figures.get("n"):
-        share = figures["events"] / figures["n"]
-        baseline = f"Average precision is {number(share)} for a model that guesses: the prevalence."
-    elif task == "multiclass" and figures.get("average_precision") is not None:
-        share = 1 / len(np.unique(material.part.true))  # the mean over the classes that are there of their shares
-        baseline = f"Average precision is {number(share)} for a model that guesses: the mean prevalence of the classes."
     return {
         "columns": columns,
         "rows": rows,
         "bootstrap": material.metrics["bootstrap"],
         "threshold": threshold(material.record),
-        "baseline": baseline,
-        "reached": any(row["key"] == "sensitivity_at_90_specificity" for row in rows),
+        "notes": _how_to_read(material, rows),
     }
+
+
+def _how_to_read(material: Material, rows: list[dict[str, Any]]) -> list[str]:
+    """Sentences on what the figures of the main table are."""
+    figures, task, found = material.figures, material.record["task"], []
+    labels = figures.get("labels") or {}
+    if labels and task in ("multilabel", "regression"):
+        what = "labels" if task == "multilabel" else "targets"
+        found.append(f"Figures are means over the {what} for which they are defined.")
+    guessed = "Average precision is {} for a model that guesses: the {}."
+    if task == "binary" and figures.get("n"):
+        found.append(guessed.format(number(figures["events"] / figures["n"]), "prevalence"))
+    elif task == "multiclass" and figures.get("average_precision") is not None:
+        share = 1 / len(np.unique(material.part.true))  # the mean over the classes that are there of their shares
+        found.append(guessed.format(number(share), "mean prevalence of the classes"))
+    elif task == "multilabel":
+        shares = [
+            label["events"] / label["n"] for label in labels.values() if label.get("average_precision") is not None
+        ]
+        if shares:
+            found.append(guessed.format(number(float(np.mean(shares))), "mean prevalence of these labels"))
+    keys = {row["key"]: row["cells"] for row in rows}
+    if "sensitivity_at_90_specificity" in keys:
+        found.append(
+            "Sensitivity at 90 % specificity is read off the ROC curve of the same samples, not decided beforehand."
+        )
+    if any(cell["low"] is not None and cell["value"] < cell["low"] for cell in keys.get("ece", ())):
+        found.append("A calibration error can lie below its interval, since resampling adds noise to it.")
+    return found
 
 
 def _metric_rows(splits: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -218,8 +238,10 @@ def subgroups(material: Material) -> dict[str, Any] | None:
                 f"{metric_name(key)} {number(test[key])}" + _bounds((test.get("intervals") or {}).get(key))
                 for key in headline
             )
-            others.append({"name": name, "n": record.get("n"), "shown": shown})
-    return {"tables": tables, "others": others} if tables or others else None
+            notes = [str(note) for note in record.get("notes") or ()]
+            others.append({"name": name, "n": record.get("n"), "shown": shown, "notes": notes})
+    title = "Subgroups" if tables else "Evaluations"
+    return {"title": title, "tables": tables, "others": others} if tables or others else None
 
 
 def _bounds(ends: Any) -> str:
@@ -249,12 +271,13 @@ def _subgroup_table(material: Material, name: str, by: Mapping[str, Any]) -> dic
     for value, part in parts.items():
         intervals = part.get("intervals") or {}
         events = part.get("events")
+        known = sum(label["n"] for label in part["labels"].values()) if part.get("labels") else part["n"]
         rows.append(
             {
                 "value": value or "(empty)",
                 "n": part["n"],
                 "groups": part["n_groups"],
-                "events": f"{events:,} ({percent(events / part['n'])})" if events is not None and part["n"] else "",
+                "events": f"{events:,} ({percent(events / known)})" if events is not None and known else "",
                 "cells": [{"value": part.get(key), "interval": intervals.get(key)} for key in keys],
                 "small": part.get("small") or "",
             }
@@ -265,6 +288,8 @@ def _subgroup_table(material: Material, name: str, by: Mapping[str, Any]) -> dic
         "columns": [metric_name(key) for key in keys],
         "rows": rows,
         "events": any(row["events"] for row in rows),
+        "small": any(row["small"] for row in rows),
+        "labels": material.record["task"] == "multilabel",
     }
 
 

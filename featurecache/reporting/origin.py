@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.reporting.material import SPLITS, Material
-from featurecache.reporting.wording import HEADS, STATED, input_text, number, percent, split_name, tap_text
+from featurecache.reporting.wording import STATED, head_name, input_text, number, percent, split_name, tap_text
 from featurecache.rundir.predictions import Predictions
 
 MISSING = {
@@ -27,12 +27,11 @@ STANDS_FOR = {
 def facts(material: Material) -> list[tuple[str, str]]:
     """What the model is, in a few lines."""
     record = material.record
-    head = (record.get("head") or {}).get("name", "")
     bodies = dict.fromkeys(str(recipe["recipe"]["body"]["architecture"]) for recipe in record["recipes"].values())
     what = ", ".join(record["targets"][:4]) + (f" and {len(record['targets']) - 4} more" * (len(record["targets"]) > 4))
     if record["task"] in ("multiclass", "dense"):
         what += f", {len(record['classes'])} classes"
-    kind = "network tuned as one" if record["kind"] == "joint" else f"{HEADS.get(head, head) or 'fitted'} head"
+    kind = "network tuned as one" if record["kind"] == "joint" else f"{head_name(record) or 'fitted'} head"
     found = [("task", f"{record['task']}: {what}")]
     if record["task"] == "binary":
         found.append(("positive class", f"{record['targets'][0]} = {record['classes'][-1]}"))
@@ -181,4 +180,4 @@ def again(material: Material) -> dict[str, Any] | None:
         for name in ("head", "config", "recipes", "bodies", "split")
         if record.get(name)
     }
-    return {"details": details}
+    return {"details": details, "evaluated": material.evaluation is not None}

@@ -144,17 +144,26 @@ def how_measured(record: Mapping[str, Any]) -> list[str]:
         found.append(f"Probabilities are calibrated by {by}, fitted on {where} only{flattered}.")
         if calibration.get("bound_reached"):
             found.append(f"{BOUND_REACHED}.")
+    if record.get("best_epoch") == 0:
+        found.append("No epoch had a lower validation loss than the start, whose weights were kept.")
     return found
+
+
+def head_name(record: Mapping[str, Any]) -> str:
+    """What the head of a run is called: `XGBoost`; empty where it has none."""
+    head = record.get("head") or {}
+    name = str(head.get("name", "") if isinstance(head, Mapping) else head)
+    if name == "logistic" and record["task"] == "regression":
+        return "Ridge"
+    return HEADS.get(name, name)
 
 
 def sentence(record: Mapping[str, Any], metrics: Mapping[str, Any], split: str, *, where: str | None = None) -> str:
     """What the run is, in one sentence with its first figure."""
-    head = record.get("head") or {}
-    name = head.get("name", "") if isinstance(head, Mapping) else str(head)
     kind = (
         "Jointly fine-tuned network"
         if record["kind"] == "joint"
-        else f"{HEADS.get(name, name) or 'Fitted'} head on cached features"
+        else f"{head_name(record) or 'Fitted'} head on cached features"
     )
     targets = list(record["targets"])
     what = targets[0] if len(targets) == 1 else f"{len(targets)} targets"

@@ -2,6 +2,7 @@ import numpy as np
 import polars as pl
 import pytest
 from explore_kit import EVIL, EVIL_ID
+from stage_two import command
 
 from featurecache.reporting.explore import render
 
@@ -64,6 +65,18 @@ def test_pages_open_from_disk_and_ask_for_nothing(visit, home, screenshots, name
         assert wide <= width, "the page scrolls sideways"
         page.screenshot(path=screenshots / f"{name.split('/')[-1]}-{width}{'-dark' * dark}.png", full_page=True)
         clean(opened)
+
+
+def test_no_table_is_cut_on_paper(visit, home):
+    words = ["--dataset", "samples", "--target", "first,second", "--head", "logistic", "--bootstrap", 20]
+    assert command("fit-head", home / "cache", *words, "--out", home / "runs/labels").status == 0
+    wider = """[...document.querySelectorAll('.scroll')].filter((table) => table.scrollWidth > table.clientWidth + 1)
+      .map((table) => table.getAttribute('aria-label'))"""
+    for name in ("cv", "labels"):
+        with visit(home / "runs" / name / "report.html", 703, 1000) as opened:  # A4 less margins of 12 mm
+            assert opened.page.evaluate(wider), "on a screen they scroll"
+            opened.page.emulate_media(media="print")
+            assert opened.page.evaluate(wider) == []
 
 
 def test_hover_shows_both_views_and_html_as_text(visit, home):

@@ -1,5 +1,7 @@
 """`rm`, `prune`, `forget` and `compact` from the command line: listing, asking, exit statuses."""
 
+import shlex
+
 import pytest
 from people_store import NAMES, PLAIN, traces, write_people
 from stage_two import command, hashes, installed
@@ -22,6 +24,7 @@ def test_it_lists_first_and_without_a_terminal_needs_yes(store, words):
     name, *rest = words
     done = command(name, store, *rest, "--dry-run")
     assert (done.status, done.out.splitlines()[-1]) == (0, "dry run: nothing was changed")
+    assert done.err.splitlines()[-1] == f"Next: featurecache {shlex.join(map(str, (name, store, *rest)))}"
     listing = done.out.splitlines()[:-1]
     assert listing[-1].startswith(("in all", "note"))
     done = command(name, store, *rest)

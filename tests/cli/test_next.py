@@ -4,8 +4,12 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+from plugin_joint import write_samples
 from stage_two import command, write_store
 
+from featurecache.cli.ablate import best_views
+from featurecache.cli.extract import one_tap
 from featurecache.cli.joint import cache_tuned
 from featurecache.cli.predict import after_predicting
 
@@ -49,3 +53,55 @@ def test_an_option_without_a_value_is_shown_without_one():
     for words in (("extract",), ("finetune-joint",), ("bodies", "show"), ()):
         assert "<bool>" not in command(*words, "--help").out
     assert "--dry-run" in command("extract", "--help").out
+
+
+def test_what_was_planned_is_extracted_and_fitted_on_one_of_several_taps(tmp_path):
+    manifest = write_samples(tmp_path / "data", 24)
+    words = ["extract", manifest, "--store", tmp_path / "my cache", "--view", "a=a", "--body", "plugin_joint:tiny",
+             "--engine", "torch", "--tap", "features.2:avg", "--tap", "features.7:avg"]  # fmt: skip
+    planned = command(*words, "--dry-run").err.splitlines()[-1]
+    assert planned == f"Next: featurecache {shlex.join(map(str, words))}"
+    made = command(*shlex.split(planned.removeprefix("Next: featurecache ")))
+    shown = made.err.splitlines()[-1]
+    assert shown.endswith("--target label --head logistic --tap features.2:avg")
+    fit = [*shlex.split(shown.removeprefix("Next: featurecache ")), "--bootstrap", 0, "--out", tmp_path / "run"]
+    assert command(*fit).status == 0
+
+
+def test_one_of_several_taps_of_each_view():
+    assert one_tap({"*": ["x"], "a": ["y:avg", "z"], "b": ["y"]}) == ["--tap", "a=y:avg"]
+
+
+def test_after_an_ablation_a_head_is_fitted_on_the_same_division(tmp_path):
+    store = write_store(tmp_path / "my data", 40, missing=0.0)
+    words = ["ablate", store, "--dataset", "m", "--target", "label", "--head", "logistic,fc", "--group", "patient"]
+    words += ["--tap", "a=penultimate", "--tap", "b=penultimate"]
+    words += ["--uncertain=no=zero", "--uncertain=yes=one", "--seed", 3, "--allow-partial", "--set", "logistic.C=0.5"]
+    done = command(*words, "--set", "fc.epochs=1", "--seeds", 1, "--bootstrap", 5)
+    shown = done.err.splitlines()[-1].removeprefix("Next: featurecache ")
+    assert shown.startswith(f"fit-head '{store}' --dataset m --target label --views ")
+    views = shlex.split(shown)[shlex.split(shown).index("--views") + 1].split(",")
+    taps = " ".join(f"--tap={view}=penultimate" for view in views)
+    options = f"{taps} --allow-partial --uncertain=no=zero --uncertain=yes=one --group=patient --seed=3 --set C=0.5"
+    assert shown.endswith(f" --head logistic {options}")
+    assert command(*shlex.split(shown), "--bootstrap", 0, "--out", tmp_path / "run").status == 0
+
+
+@pytest.mark.parametrize(("words", "views"), [("no gain shown", ["b"]), ("worse", ["b"]), ("better", ["a", "b"])])
+def test_views_that_show_no_gain_are_not_joined(words, views):
+    arms = [
+        SimpleNamespace(head="fc", arm="fused", words=words),
+        SimpleNamespace(head="xgboost", arm="late", words="better"),
+    ]
+    assert best_views(SimpleNamespace(reference={"fc": "b"}, arms=arms), "fc", ("a", "b")) == views
+
+
+def test_a_list_given_twice_is_refused_and_not_cut(tmp_path):
+    done = command("fit-head", tmp_path, "--dataset", "m", "--target", "a", "--target", "b")
+    assert done.status == 2
+    assert "--target" in done.err
+    assert "given twice; several go together: --target COLUMN[,COLUMN...]" in done.err
+    assert (
+        "given twice"
+        not in command("fit-head", tmp_path, "--dataset", "m", "--target", "a", "--seed", 1, "--seed", 2).err
+    )

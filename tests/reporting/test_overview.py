@@ -37,5 +37,7 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     assert "<h1>&lt;b&gt;title" in page
     assert base64.b64encode(b"\x89PNG not really").decode() in page
     assert set(re.findall(r'(?:src|href)="([^"]{0,12})', page)) == {"data:image/p", "runs/left/re", "runs/both/re"}
+    assert '<a href="runs/left/report.html">left alone</a>' in page
+    assert 'alt="&lt;script&gt;alert(1)&lt;/script&gt;, view 1"' in page
     assert "0.700" in page
     assert "better" in page

@@ -157,6 +157,40 @@ def test_what_guessing_reaches_is_said(tmp_path):
     assert "Average precision is 0.250 for a model that guesses: the mean prevalence of the classes." in text
 
 
+def test_figures_of_several_labels_are_said_to_be_means(tmp_path):
+    record = directory(tmp_path / "r", predictions("multilabel"))
+    made = json.loads((tmp_path / "r/metrics.json").read_text())
+    label = {"n": 10, "roc_auc": 0.5, "average_precision": 0.5}
+    made["test"]["labels"] = {"a": {**label, "events": 2}, "b": {**label, "events": 4}, "c": {**label, "events": 0}}
+    made["test"]["labels"]["c"]["average_precision"] = None
+    made["test"] |= {"ece": 0.06, "intervals": {"ece": [0.07, 0.2]}}
+    (tmp_path / "r/metrics.json").write_text(json.dumps(made))
+    by = {"column": "site", "subgroups": {"x": {**made["test"], "n": 12, "events": 6, "small": ""}}}
+    (tmp_path / "r/evaluations/e").mkdir(parents=True)
+    (tmp_path / "r/evaluations/e/metrics.json").write_text(json.dumps({**made, "by": by}))
+    (tmp_path / "r/evaluations/e/evaluation.json").write_text(json.dumps({"n": 12}))
+    text = render(tmp_path / "r", record)
+    assert "Figures are means over the labels for which they are defined." in text
+    assert "Average precision is 0.300 for a model that guesses: the mean prevalence of these labels." in text
+    assert "A calibration error can lie below its interval, since" in text
+    assert "<td>6 (20\N{NO-BREAK SPACE}%)</td>" in text, "of the 30 known labels, not of the 12 samples"
+
+
+def test_joint_training_shows_its_own_settings_and_whose_weights_it_kept(tmp_path):
+    config = {"epochs": 2, "lr": 0.0003, "augment": {"*": ["crop"], "side": []}}
+    joint = {"kind": "joint", "config": config, "best_epoch": 0}
+    record = {**directory(tmp_path / "r", predictions("binary")), **joint}
+    record["head"] = {"name": "fc", "settings": {"hidden": [8], "epochs": 30, "lr": 0.01}}
+    words = " ".join(" ".join(Page(render(tmp_path / "r", record)).text).split())
+    assert (
+        "settings hidden [8], epochs 2, lr 0.0003, augment [crop], [] of side weights kept those of the start" in words
+    )
+    assert "No epoch had a lower validation loss than the start, whose weights were kept." in words
+    later = render(tmp_path / "r", {**record, "best_epoch": 2})
+    assert "those of epoch 2, with the lowest validation loss" in later
+    assert "than the start" not in later
+
+
 def test_same_bytes_every_time(tmp_path):
     record = directory(tmp_path / "r", predictions("multiclass"))
     assert render(tmp_path / "r", record) == render(tmp_path / "r", record)
@@ -214,6 +248,9 @@ def test_words():
     assert interval(None) == interval([None, 1.0]) == ""
     assert metric_name("roc_auc") == "AUROC"
     assert metric_name("some_new_one") == "some new one"
+    ridge = {"kind": "head", "head": {"name": "logistic"}, "targets": ["age"], "views": ["a"]}
+    assert sentence({**ridge, "task": "regression"}, {}, "test").startswith("Ridge head on cached features: regression")
+    assert sentence({**ridge, "task": "binary"}, {}, "test").startswith("Logistic head on cached features: binary")
     record = {"kind": "joint", "task": "regression", "targets": ["age", "dose"], "views": ["a"]}
     assert sentence(record, {}, "test") == "Jointly fine-tuned network: regression of 2 targets from one view (a)."
 
@@ -248,7 +285,9 @@ def add_evidence(path: Path) -> None:
     by = {"column": NASTY, "subgroups": {NASTY: {**part, "small": "9 groups"}, "south": {**part, "small": ""}}}
     (path / "evaluations/own").mkdir(parents=True)
     (path / "evaluations/own/metrics.json").write_text(json.dumps({"test": part, "by": by}))
-    (path / "evaluations/own/evaluation.json").write_text(json.dumps({"manifest": None, "n": 20, "by": NASTY}))
+    (path / "evaluations/own/evaluation.json").write_text(
+        json.dumps({"manifest": None, "n": 20, "by": NASTY, "notes": ["seen before"]})
+    )
     trials = {"division": ["final"] * 3, "trial": [0, 1, 2], "state": ["complete", "pruned", "complete"],
               "valid_roc_auc": [0.6, None, 0.8], "seconds": [1.0, 1.0, 1.0], "C": [NASTY, "b", "c"]}  # fmt: skip
     pl.DataFrame(trials).write_csv(path / "trials.csv")
@@ -264,7 +303,7 @@ RICH = {
     "leak_check": {"level": NASTY, "images": 200, "shared": 2, "torn_groups": 0, "torn_images": 0, "without_hash": 1},
     "split": {"split": "auto", "group": NASTY, "seed": 7, "valid": 0.15, "test": 0.15}, "seconds_fit": 1.5,
     "calibration": {"method": "temperature", "parameters": [1.25]},
-    "head": {"name": "fc", "settings": {"class_weights": [1.0, 2.0], "lr": 0.001}},
+    "head": {"name": "xgboost", "settings": {"class_weight": [1.0, 2.0], "min_child_weight": 3.5, "lr": 0.001}},
 }  # fmt: skip
 
 
@@ -277,9 +316,11 @@ def test_everything_that_a_run_gathers_is_shown_and_escaped(tmp_path):
     assert "<script" not in text
     for part in (
         "130 samples in 44 groups in the manifest", "\N{MINUS SIGN} 10 in 4 groups", "2 of them belong to several",
-        "No leak found", "Samples that lack a view are kept; zeros stand for it", "no gain shown",
-        "s gain. It says", "small: 9 groups", "3 trials ranked by AUROC", "1 of them ended early",
-        "temperature scaling, temperature 1.250", "class_weights [1, 2]", "Most confident mistakes", "front alone",
+        "No leak found", "Samples that lack a view are kept; their features count as missing", "no gain shown",
+        "s gain. It says", " small 20 9 4 (20 %)", "why small", " 9 groups south 20",
+        "3 trials ranked by AUROC", "1 of them ended early",
+        "temperature scaling, temperature 1.250", "class weighting class_weight [1, 2] recalibration",
+        "settings min_child_weight 3.5, lr 0.001", "seen before", "Most confident mistakes", "front alone",
         "Where one view alone was right", "Heat maps", "not stated", "positive class", "seed 7",
     ):  # fmt: skip
         assert part in words, part
@@ -290,6 +331,9 @@ def test_everything_that_a_run_gathers_is_shown_and_escaped(tmp_path):
     headings = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     links = [(attributes["href"] or "")[1:] for tag, attributes in page.tags if tag == "a"]
     assert links == ["content", *headings], "every section can be reached from the top"
+    assert ">Subgroups</h2>" in text
+    (tmp_path / "r/evaluations/own/metrics.json").write_text(json.dumps({"test": {"n": 20, "roc_auc": 0.7}}))
+    assert ">Evaluations</h2>" in render(tmp_path / "r", record), "where no subgroup was measured"
     bare = render(tmp_path / "r", record, images=False)
     assert "<img" not in bare
     assert "Pictures are not shown." in bare
@@ -363,6 +407,6 @@ def test_the_page_of_an_evaluation(tmp_path):
     text = path.read_text(encoding="utf-8")
     words = " ".join(" ".join(Page(text).text).split())
     for part in ("on 30 evaluated samples", "9 of them were seen before.", "new.csv", "the highest that reaches a "
-                 "sensitivity of 0.9", "evaluation of a head run"):  # fmt: skip
+                 "sensitivity of 0.9", "evaluation of a head run", "How the run was made"):  # fmt: skip
         assert part in words, part
     assert "No leak found" not in words, "that is of the run's own samples"
