@@ -176,9 +176,13 @@ def evaluate(
     """
     opened = opened_run(run)
     if manifest is None:
-        return evaluate_own(opened, by=by, table=table, id=options.get("id"), at=at, bootstrap=bootstrap)
+        return evaluate_own(
+            opened, by=by, table=table, id=options.get("id"), at=at, bootstrap=bootstrap, command=call_text()
+        )
     new = new_samples(manifest, options)
-    return run_evaluate(opened, new, by=by, at=at, bootstrap=bootstrap, images=images, reporter=reporter)
+    return run_evaluate(
+        opened, new, by=by, at=at, bootstrap=bootstrap, images=images, command=call_text(), reporter=reporter
+    )
 
 
 @journaled("store")

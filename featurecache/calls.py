@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from featurecache.errors import FeatureCacheError
+from featurecache.errors import FeatureCacheError, InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -135,6 +135,7 @@ def journaled(*places: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
+            _check_dataset(name, next(iter(signature.parameters)), args, kwargs)
             given = signature.bind(*args, **kwargs).arguments
             options = {**given, **given.get("options", {})}
             told = {key: _neutral(value) for key, value in options.items() if key not in (*NOT_TOLD, "options")}
@@ -150,6 +151,17 @@ def journaled(*places: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return recorded
 
     return decorate
+
+
+def _check_dataset(name: str, first: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse the store and the name of a dataset, which its command takes, in the place of a FeatureDataset."""
+    given = args[0] if args else kwargs.get(first)
+    if first != "dataset" or not isinstance(given, str | Path):
+        return
+    named = kwargs.get(first, "NAME") if args else given
+    store = str(given) if args else str(kwargs.get("store", "STORE"))
+    made = f"featurecache.FeatureDataset({store!r}, dataset={named!r})"
+    raise InputError(f"{name} takes a FeatureDataset, which says store and dataset: {name}({made}, ...)")
 
 
 def _place(value: Any) -> Path | None:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurecache.config import FitConfig, HeadConfig
-from featurecache.data.splits import fold_splits, make_splits, sample_groups
+from featurecache.data.splits import sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.division import divide, divide_folds
 from featurecache.errors import InputError
 from featurecache.evaluation.calibration import Method
 from featurecache.evaluation.threshold import At
@@ -82,11 +83,8 @@ def cross_validate(
     refuse_dense(target, "--cv")
     decide_at = check_decision(target, config.at, config.calibrate)
     about = read_about(config.about)
-    source = dataset.binding.manifest_path
-    divisions = fold_splits(dataset.table, target, config, folds, content=dataset.content, source=source)
-    everything = make_splits(
-        dataset.table, target, config.model_copy(update={"test": 0.0}), content=dataset.content, source=source
-    )
+    divisions = divide_folds(dataset, config, folds)
+    everything = divide(dataset, config.model_copy(update={"test": 0.0}))
     kind, where = get_head(config.head), torch_device(config.device)
 
     def fitted(splits: NDArray[np.str_], called: str) -> Head:

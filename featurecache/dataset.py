@@ -155,6 +155,14 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def __repr__(self) -> str:
+        views = ", ".join(self.views)
+        target = f", target={', '.join(self.target.names)} ({self.target.task})" if self.target is not None else ""
+        return (
+            f"FeatureDataset({self.binding.name!r}: {counted(len(self), 'sample')}, {self.features.shape[1]:,} features"
+            f" of {views}{target})"
+        )
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, target) of one sample: float32 (d,), and the target's values (empty without a target)."""
         features = torch.from_numpy(self.features[np.array([index])][0])
@@ -170,7 +178,10 @@ class FeatureDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]
         return list(zip(features, targets, strict=True))
 
     def numpy(self) -> tuple[NDArray[np.float32], NDArray[Any] | None]:
-        """All features (n, d) float32, and the target's values (None without a target)."""
+        """All features (n, d) float32, and the target's values (None without a target).
+
+        Unknown labels are -1 where the target has classes, else NaN; a missing view's features are NaN.
+        """
         values = None if self.target is None else self.target.values
         return self.features[np.arange(len(self))], values
 

@@ -137,7 +137,7 @@ def pick_samples(manifest: Path) -> list[Sample]:
     """Two samples of each category, for the page."""
     table = pl.read_csv(manifest).group_by(TARGET, maintain_order=True).head(2)
     return [
-        Sample(row["sample_id"], row[TARGET], tuple(png_uri(manifest.parent / row[view]) for view in VIEWS))
+        Sample(row["sample_id"], row[TARGET], tuple((view, png_uri(manifest.parent / row[view])) for view in VIEWS))
         for row in table.iter_rows(named=True)
     ]
 

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from featurecache.amounts import metric_line
+from featurecache.config import ManifestConfig
 from featurecache.data.dense import DenseTarget
 from featurecache.data.manifest import read_manifest
 from featurecache.data.preprocessing import Preprocessing
@@ -32,11 +34,13 @@ from featurecache.reporting.thumbnails import Pictures
 from featurecache.run import Run
 from featurecache.rundir.densefit import count_pixels, write_pictures
 from featurecache.rundir.densepredictions import DensePredictions
+from featurecache.rundir.files import sha256_file
+from featurecache.rundir.flow import sample_flow
 from featurecache.rundir.maskfiles import FOLDER as MASKS
 from featurecache.rundir.maskfiles import read_in_parts
 from featurecache.rundir.mistakes import write_mistakes
 from featurecache.rundir.predictions import Predictions
-from featurecache.rundir.record import dump_json
+from featurecache.rundir.record import dump_json, portable_command
 from featurecache.rundir.recorded import read_recipe
 from featurecache.rundir.results import curves_of, find_threshold, make_predictions, measure, to_target
 
@@ -44,6 +48,7 @@ FOLDER = "evaluations"
 SPLIT = "test"  # new samples are all test samples
 NO_THRESHOLD = {"value": None}
 SEED = 0  # of the resampling
+MOST_SHOWN = 20  # subgroups that get a line
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,22 @@ class Evaluation:
     subgroups: list[Subgroup] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def lines(self, label: str = SPLIT) -> list[str]:
+        """As a person reads it; `label` is what the samples are called."""
+        notes = [*(self.scored.notes if self.scored is not None else ()), *self.notes]
+        lines = [*(f"note      {note}" for note in notes), metric_line(label, self.metrics[SPLIT])]
+        by = self.metrics.get("by", {}).get("column", "")
+        for part in self.subgroups[:MOST_SHOWN]:
+            line = metric_line(f"{by}={part.value or '(empty)'}", part.to_json())
+            lines.append(f"{line}{f'  (small: {part.small})' if part.small else ''}")
+        if len(self.subgroups) > MOST_SHOWN:
+            more = len(self.subgroups) - MOST_SHOWN
+            lines.append(f"{by}: {more:,} more values, on the page and in evaluation.json")
+        return [*lines, f"written   {self.path}"]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
 
 def evaluate(
     run: Run,
@@ -73,6 +94,7 @@ def evaluate(
     at: str | None = None,
     bootstrap: int = 1000,
     images: int | Literal["none"] = 12,
+    command: str = "",
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Score new samples and compare with their labels, by the run's own threshold.
@@ -89,6 +111,7 @@ def evaluate(
             validation samples. Default the run's threshold.
         bootstrap: resamples of the groups per interval.
         images: how many mistakes the page shows with their pictures, or `none`.
+        command: the command line, for evaluation.json.
         reporter: told of progress.
 
     Raises:
@@ -106,7 +129,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="featurecache-") as folder:
         return _compared(
             run, new, table, target, threshold, Path(folder), by=by, at=at, bootstrap=bootstrap, images=images,
-            reporter=reporter,
+            command=command, reporter=reporter,
         )  # fmt: skip
 
 
@@ -122,6 +145,7 @@ def _compared(
     at: str | None,
     bootstrap: int,
     images: int | Literal["none"],
+    command: str,
     reporter: Reporter | None,
 ) -> Evaluation:
     """Scores of new samples beside their labels; predicted masks are kept in `folder` meanwhile."""
@@ -146,7 +170,8 @@ def _compared(
     )
     column = as_text(scored.table[by]).to_list() if by is not None else None
     source = Path(os.path.abspath(new.sources[0]))
-    about: dict[str, Any] = {"manifest": source.name, "n": len(scored.sample_ids), "notes": []}
+    about: dict[str, Any] = {"manifest": source.name, "n": len(scored.sample_ids), "notes": [], "command": command}
+    about["flow"] = new_flow(table, group, scored, predictions)
     about["failed"] = [{**failure, "path": Path(failure["path"]).name} for failure in scored.failures]
     # The head of a cross-validation was fitted on all samples in the end, though each is a test sample of one fold.
     held_out = run.arrays.splits == ("" if run.record.get("cv") else SPLIT)
@@ -172,17 +197,19 @@ def evaluate_own(
     id: str | None = None,
     at: str | None = None,
     bootstrap: int = 1000,
+    command: str = "",
 ) -> Evaluation:
     """Measure the run's own test samples again: by subgroups, or at another threshold. Nothing is computed anew.
 
     Args:
         run: a fitted run.
         by: a column of `table`.
-        table: CSV or Parquet with the samples' ids and the column, such as the manifest that the run was fitted on; a
-            sample may stand in several rows.
+        table: CSV or Parquet with the samples' ids and the column; a sample may stand in several rows. Default the
+            manifest that the run was fitted on, where it is still there and the same.
         id: the table's column of ids; default `sample_id`.
         at: see `evaluate`.
         bootstrap: see `evaluate`.
+        command: see `evaluate`.
 
     Raises:
         InputError: no table for the column, no such column, or test samples that the table does not have.
@@ -191,20 +218,25 @@ def evaluate_own(
     predictions = run.arrays.of(SPLIT)
     if not len(predictions.sample_ids):
         raise InputError(f"{run.path}: the run has no test samples; give a MANIFEST of new ones")
-    column = None
+    column, ids = None, predictions.sample_ids.tolist()
     if by is not None:
-        if table is None:
-            recorded = run.record.get("manifest_config")
-            name = Path(str(recorded.get("manifest") or "")).name if isinstance(recorded, dict) else ""
-            own = f"the manifest of the run, {name}" if name else "the manifest of the run"
-            with_id = (
-                f", with --id {recorded['id']}" if name and isinstance(recorded, dict) and recorded.get("id") else ""
-            )
-            raise InputError(f"--by {by}: say with --table where the column is ({own}{with_id}), or give MANIFEST")
-        column = joined_column(Path(table), by, predictions.sample_ids.tolist(), id or "sample_id")
-    about: dict[str, Any] = {"manifest": None, "n": len(predictions.sample_ids), "notes": [], "failed": []}
+        column = own_column(run, by, ids) if table is None else joined_column(Path(table), by, ids, id or "sample_id")
+    about: dict[str, Any] = {"manifest": None, "n": len(ids), "notes": [], "failed": [], "command": command}
     return _measured(
         run, predictions, threshold, by, column, folder_name("own-test", by, at), about, bootstrap=bootstrap
+    )
+
+
+def new_flow(table: pl.DataFrame, group: str | None, scored: Scored, predictions: Predictions) -> dict[str, Any]:
+    """What became of every sample of a new manifest; see `sample_flow`."""
+    ids, known = scored.sample_ids.tolist(), predictions.known()
+    return sample_flow(
+        table["sample_id"].to_list(),
+        sample_groups(table, group if group in table.columns else None),
+        kept=ids,
+        unreadable={failure["sample_id"] for failure in scored.failures if failure["path"]},
+        known=scored.sample_ids[known].tolist(),
+        split=dict.fromkeys(ids, SPLIT),
     )
 
 
@@ -231,6 +263,28 @@ def check_column(table: pl.DataFrame, by: str, source: str | Path) -> None:
         raise InputError(f"{source}: no column {by!r}.{near} Columns: {', '.join(table.columns[:20])}")
 
 
+def own_column(run: Run, by: str, ids: Sequence[str]) -> list[str | None]:
+    """A column of the manifest that a run was fitted on, for these samples.
+
+    Raises:
+        InputError: it has no such column, or is not there or not the same any more.
+    """
+    recorded, binding = (run.record.get(name) or {} for name in ("manifest_config", "binding"))
+    name = str(recorded.get("manifest") or "")
+    places = (Path(os.path.abspath(run.path)).parent / name, Path(name))  # as it was recorded, or here
+    path = next((at for at in places if at.is_file() and sha256_file(at) == binding.get("manifest_digest")), None)
+    if path is None:
+        own = f"the manifest of the run, {Path(name).name}" if name else "the manifest of the run"
+        with_id = f", with --id {recorded['id']}" if name and recorded.get("id") else ""
+        raise InputError(f"--by {by}: say with --table where the column is ({own}{with_id}), or give MANIFEST")
+    config = {**recorded, "manifest": path, "root": None, "allow_outside": True}
+    manifest = read_manifest(ManifestConfig.create(config, source=str(run.path)), images=False)
+    if by not in (*manifest.table.columns, *manifest.varying):
+        near = did_you_mean(by, manifest.table.columns)
+        raise InputError(f"--by {by}: {path.name} has no such column.{near} If another table has it, give --table")
+    return _matched(path, by, manifest.table["sample_id"], manifest.column(by), ids)
+
+
 def joined_column(path: Path, by: str, ids: Sequence[str], id_column: str = "sample_id") -> list[str | None]:
     """A column of a table for these samples.
 
@@ -240,9 +294,13 @@ def joined_column(path: Path, by: str, ids: Sequence[str], id_column: str = "sam
     table = read_source(path).frame
     for name in (id_column, by):
         check_column(table, name, path)
+    return _matched(path, by, table[id_column], table[by], ids)
+
+
+def _matched(path: Path, by: str, names: pl.Series, column: pl.Series, ids: Sequence[str]) -> list[str | None]:
+    """The values of a column that stands beside names, in the order of the ids."""
     values: dict[str, str | None] = {}
-    pairs = zip(as_text(table[id_column]).to_list(), as_text(table[by]).to_list(), strict=True)
-    for name, value in pairs:
+    for name, value in zip(as_text(names).to_list(), as_text(column).to_list(), strict=True):
         if name is not None and values.setdefault(name, value) != value:
             raise InputError(f"{path}: sample {name!r} has several values of {by!r}: {values[name]!r} and {value!r}")
     absent = [name for name in ids if name not in values]
@@ -283,6 +341,7 @@ def _measured(
         predictions.table(predictions.cut(threshold)).write_csv(made / "predictions.csv")
         (made / "metrics.json").write_text(dump_json(metrics), encoding="utf-8")
         record = {"schema": 1, **about, "by": by, "threshold": dict(threshold)}
+        record["command"] = portable_command(record["command"], run.path)
         (made / "evaluation.json").write_text(dump_json(record), encoding="utf-8")
         if predictions.task != "regression":
             curves = curves_of(predictions, threshold, bootstrap=bootstrap, seed=SEED)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featurecache.amounts import human_bytes
 from featurecache.config import ExtractConfig
 from featurecache.data.likely import likely_target
 from featurecache.data.manifest import read_manifest, with_readers
@@ -20,7 +22,7 @@ from featurecache.stageone.jobs import (
     set_up_views,
     with_earlier_views,
 )
-from featurecache.stageone.outcome import list_failures, make_binding, write_failures
+from featurecache.stageone.outcome import list_failures, make_binding, moved_views, write_failures
 from featurecache.stageone.producer import Seconds
 from featurecache.stageone.survey import Survey
 from featurecache.stageone.viewsetup import check_engines, check_options
@@ -39,7 +41,7 @@ class Summary:
     reused: int
     failed: int
     seconds: dict[str, float]
-    bytes_written: int
+    bytes_written: int  # of the features that were added, before compression
     recipes: dict[str, str]
     engines: dict[str, str]
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -72,6 +74,27 @@ class Summary:
             **self.seconds,
         }
 
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        share = 100 * self.reused / self.images if self.images else 100.0
+        rate = f" ({self.images_per_second:,.1f} images/s)" if self.computed else ""
+        lines = [
+            f"dataset   {self.dataset}: {self.samples:,} samples, {self.images:,} images",
+            f"computed  {self.computed:,}{rate}",
+            f"reused    {self.reused:,} ({math.floor(share * 10) / 10:g} % reused)",
+        ]
+        if self.replicas:
+            counts = f"computed {self.replicas_computed:,}, reused {self.replicas_reused:,}"
+            lines.append(f"replicas  {self.replicas} of each image: {counts}")
+        lines.append(f"failed    {self.failed:,}" + (f", see {self.store}/failures.csv" if self.failed else ""))
+        lines.append(f"written   {human_bytes(self.bytes_written)} to {self.store}")
+        lines += [f"view      {view}: recipe {recipe}, {self.engines[view]}" for view, recipe in self.recipes.items()]
+        parts = ", ".join(f"{name.removeprefix('seconds_')} {value:.1f} s" for name, value in self.seconds.items())
+        return [*lines, f"time      {parts}"]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
 
 def extract(config: ExtractConfig, reporter: Reporter | None = None, survey: Survey | None = None) -> Summary:
     """Run stage one.
@@ -98,6 +121,8 @@ def extract(config: ExtractConfig, reporter: Reporter | None = None, survey: Sur
 def _extract(config: ExtractConfig, reporter: Reporter, survey: Survey, start: float) -> Summary:
     check_options(config)
     manifest = survey.manifest()
+    for note in manifest.notes:
+        reporter.note(note)
     config = with_readers(config, manifest)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
@@ -105,7 +130,7 @@ def _extract(config: ExtractConfig, reporter: Reporter, survey: Survey, start: f
     survey.wait_for_store()
     with FeatureStore.create_or_open(config.store, write=True) as store:
         previous = store.binding(name) if name in store.bindings() else None
-        check_replaced(previous, manifest, name, replace=config.replace)
+        check_replaced(previous, manifest, name, replace=config.replace, reporter=reporter)
         merged = with_earlier_views(config, previous, manifest)
         if merged is not config:
             manifest = read_manifest(merged)
@@ -133,6 +158,8 @@ def _extract(config: ExtractConfig, reporter: Reporter, survey: Survey, start: f
             binding = make_binding(name, manifest, merged, jobs, earlier, held)
             if previous is None or not binding.same(previous):
                 store.bind(binding, replace=True)
+            for note in moved_views(binding, earlier):
+                reporter.note(note)
             failures = list_failures(manifest, [*jobs, *replicas])
             write_failures(Path(config.store) / "failures.csv", failures)
         computed, drawn = (sum(job.computed for job in some) for some in (jobs, replicas))

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from featurecache.config import FitConfig, HeadConfig
 from featurecache.data.dense import DENSE, DenseTarget
-from featurecache.data.splits import make_splits, sample_groups
+from featurecache.data.splits import sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.division import divide
 from featurecache.errors import InputError, RecipeMismatchError
 from featurecache.evaluation.calibration import Calibration, Method, check_method, fit_calibration
 from featurecache.evaluation.threshold import At
@@ -157,7 +158,7 @@ def fit_once(
         config.settings, seed=config.seed, device=torch_device(config.device), memory=dataset.memory
     )
     source = dataset.binding.manifest_path
-    splits = make_splits(dataset.table, target, config, content=dataset.content, source=source)
+    splits = divide(dataset, config)
     if not (splits == "valid").any() and (decide_at is not None or config.calibrate is not None):
         wanted = f"--at {decide_at}" if decide_at is not None else f"--calibrate {config.calibrate}"
         raise InputError(f"{source}: {wanted} needs validation samples, and column {config.split!r} marks none")

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from featurecache.amounts import counted
 from featurecache.bodies.engines import resolve_engine
 from featurecache.config import ANY_VIEW, BodyConfig, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import read_manifest
@@ -62,6 +63,16 @@ class Scored:
     reused: int
     notes: list[str]
     files: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        lines = [f"note      {note}" for note in self.notes]
+        lines.append(f"predicted {counted(len(self.sample_ids), 'sample')}")
+        lines.append(f"images    computed {self.computed:,}, reused {self.reused:,}")
+        return [*lines, f"failed    {len(self.failures):,}"] if self.failures else lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
 
 def score_samples(run: Run, new: NewSamples, reporter: Reporter | None = None, *, masks: Path | None = None) -> Scored:

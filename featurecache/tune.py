@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from featurecache.config import FitConfig
 from featurecache.crossval import cross_validate
-from featurecache.data.splits import make_splits
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.division import divide
 from featurecache.errors import DependencyError, FeatureCacheError, InputError
 from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.threshold import choose_threshold
@@ -265,8 +265,7 @@ def tune(
     wanted = config.model_copy(update={"out": out})
     if config.cv is not None:
         return cross_validate(dataset, config.cv, wanted, beside, choose=search.best, reporter=reporter), search
-    source = dataset.binding.manifest_path
-    splits = make_splits(dataset.table, target, config, content=dataset.content, source=source)
+    splits = divide(dataset, config)
     wanted = wanted.model_copy(update={"settings": search.best(splits, "final")})
     return fit_once(dataset, wanted, beside, reporter=reporter), search
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import textwrap
@@ -107,6 +108,7 @@ def test_runs_are_compared_and_reported(fitted):
     other = fc.fit_head(dataset, head="logistic", out=folder / "runs" / "two", images="none", bootstrap=0)
     found = fc.compare([run, folder / "runs" / "two"], bootstrap=20)
     assert {row.run for row in found.runs} == {str(run.path), str(other.path)}
+    assert re.match(r"roc_auc on \d+ test samples in \d+ groups, ranked on \d+ validation samples\n  1  /", str(found))
     about = folder / "about.toml"
     about.write_text('intended_use = "only a test"\n', encoding="utf-8")
     page = fc.report(run.path, about=about, images=False)
@@ -119,8 +121,25 @@ def test_features_are_explored_and_exported(fitted, tmp_path):
     made = fc.explore(dataset, tmp_path / "explore.html", run=run.path, images="none")
     assert (made.samples, made.path) == (60, tmp_path / "explore.html")
     assert "<canvas" in made.path.read_text(encoding="utf-8")
+    assert str(made).startswith(f"page      {made.path}: 60 of 60 samples (")
     path = fc.export(dataset, tmp_path / "f.npz", format="npz")
     assert np.load(path)["x"].shape == (60, 12)
+
+
+def test_a_dataset_says_what_it_is(fitted):
+    _, dataset, _ = fitted
+    assert repr(dataset) == "FeatureDataset('m': 60 samples, 12 features of a, b, target=label (binary))"
+
+
+def test_store_and_name_in_the_place_of_a_dataset(tmp_path):
+    said = r"export takes a FeatureDataset, which says store and dataset: export\(featurecache\.FeatureDataset\("
+    with pytest.raises(InputError, match=rf"{said}'cache', dataset='m'\), \.\.\.\)"):
+        fc.export("cache", tmp_path / "f.npz", dataset="m")
+    with pytest.raises(InputError, match=rf"{said}'STORE', dataset='m'\)"):
+        fc.export(dataset="m", out=tmp_path / "f.npz")
+    with pytest.raises(InputError, match=r"fit_head takes .*'cache', dataset='NAME'\)"):
+        fc.fit_head(Path("cache"), head="logistic")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_ablation(fitted):

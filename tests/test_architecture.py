@@ -16,10 +16,10 @@ MOST_LINES = 400
 ORDER = """
 errors named amounts cli.typed cli.flags config progress machine.lean machine.interrupts machine.scout machine.scouts
 rundir.record journal calls rundir.cut rundir.predictions rundir.densepredictions rundir.files run
-reporting.wording reporting.plots reporting.drawn reporting.material reporting.card
+reporting.wording reporting.plots reporting.drawn reporting.panels reporting.material reporting.card
 reporting.origin reporting.measured reporting.masks reporting.evidence reporting.report reporting.overview
 data.tables data.choice data.selectors data.layouts data.paths data.manifest data.targets data.dense data.splits
-data.likely
+data.everyone data.likely
 data.shipped
 data.readers.base data.readers.headers data.readers.orientation data.readers.pixels data.readers.decoders
 data.readers.windows
@@ -41,7 +41,7 @@ stageone.keys stageone.replicas stageone.viewsetup rundir.recorded upkeep.rebind
 upkeep.forget upkeep.holdings
 reporting.thumbnails
 features.masks rundir.maskfiles machine.memory features.features features.rearranged features.stored features.stacked
-features.stream features.pairs export dataset
+features.stream features.pairs export dataset division
 evaluation.dense evaluation.metrics evaluation.weighted evaluation.threshold evaluation.bootstrap
 evaluation.verdict evaluation.calibration evaluation.subgroups evaluation.curves
 fusion.base fusion.concat fusion.gated fusion.pair fusion.pooled fusion.spatial fusion

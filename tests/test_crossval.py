@@ -67,6 +67,15 @@ def test_out_of_fold_scores_are_those_of_the_folds_own_heads(store, tmp_path, ta
     np.testing.assert_allclose(load_run(run.path).predict_proba(dataset), final.score_rows(dataset.features), rtol=1e-6)
 
 
+def test_folds_are_the_same_for_every_choice_of_views(store, tmp_path):
+    both, some = (FeatureDataset(store, dataset="m", target="label", views=views) for views in (None, ["b"]))
+    assert some.n_dropped
+    said = [cross_validate(data, 3, options(tmp_path / str(len(data)))).arrays for data in (both, some)]
+    folds = [dict(zip(part.sample_ids.tolist(), part.folds.tolist(), strict=True)) for part in said]
+    assert folds[1] == {sample: folds[0][sample] for sample in folds[1]}
+    assert set(folds[1].values()) == {0, 1, 2}
+
+
 def test_groups_stay_in_one_fold_and_fold_figures_are_those_of_their_rows(store, tmp_path):
     dataset = FeatureDataset(store, dataset="m", target="label")
     run = cross_validate(dataset, 4, options(tmp_path / "run"))

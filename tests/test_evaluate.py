@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from stage_two import TRUST, hashes, quick, read_table, write_home, write_table
+from stage_two import TINY, TRUST, TWO, command, hashes, quick, read_table, write_home, write_table
 
 import featurecache as fc
 from featurecache.config import HeadConfig
@@ -67,9 +67,28 @@ def test_evaluate_takes_unknown_labels_for_what_they_are(home, tmp_path):
     rows = read_table(tmp_path / "new/samples.csv")
     rows[3]["label"] = ""
     write_table(tmp_path / "new/samples.csv", rows)
+    for view in TWO:
+        if rows[5][view]:
+            (tmp_path / "new" / rows[5][view]).write_bytes(b"no picture")
     found = fc.evaluate(tmp_path / "run", tmp_path / "new/samples.csv", bootstrap=0, **TRUST)
-    assert found.metrics["test"]["n"] == 11
-    assert len(read_table(found.path / "predictions.csv")) == 12
+    assert found.metrics["test"]["n"] == 10
+    assert len(read_table(found.path / "predictions.csv")) == 11
+    about = json.loads((found.path / "evaluation.json").read_text())
+    assert about["flow"]["samples"] == 12
+    left = {step["why"]: step["samples"] for step in about["flow"]["left_out"]}
+    assert left == {"unreadable image": 1, "no known label": 1}
+    assert about["flow"]["used"]["test"]["samples"] == 10
+    assert about["command"].startswith("featurecache.evaluate(")
+
+
+def test_an_evaluation_keeps_the_command_without_paths_of_this_machine(home, tmp_path):
+    shutil.copytree(home / "runs/head", tmp_path / "run")
+    assert command("evaluate", tmp_path / "run", "--at", "specificity=0.5", "--bootstrap", 0).status == 0
+    about = json.loads((tmp_path / "run/evaluations/own-test-at-specificity=0.5/evaluation.json").read_text())
+    assert about["command"].startswith("featurecache evaluate ")
+    assert about["command"].endswith(" --at specificity=0.5 --bootstrap 0")
+    assert str(tmp_path) not in about["command"]
+    assert "flow" not in about, "that is the run's own"
 
 
 def test_subgroups_of_new_samples_are_the_same_figures_on_their_rows(home, tmp_path):
@@ -83,6 +102,12 @@ def test_subgroups_of_new_samples_are_the_same_figures_on_their_rows(home, tmp_p
     site = {row["sample_id"]: row["site"] for row in rows}
     said = read_table(found.path / "predictions.csv")
     assert [part.value for part in found.subgroups] == ["", "north", "south"]
+    said_lines = str(found).splitlines()
+    assert [line.partition(" n ")[0].strip() for line in said_lines[-5:-1]] == [
+        "test", "site=(empty)", "site=north", "site=south",
+    ]  # fmt: skip
+    assert said_lines[-1] == f"written   {found.path}"
+    assert str(found.scored).splitlines()[-2:] == ["predicted 12 samples", "images    computed 20, reused 0"]
     for part in found.subgroups:
         mine = [row for row in said if site[row["sample_id"]] == part.value]
         assert part.n == len(mine)
@@ -111,16 +136,40 @@ def test_the_runs_own_test_samples_by_a_column_of_its_manifest(home, tmp_path):
     images = [{"study": row["sample_id"], "site": row["site"]} for row in rows for _ in range(2)]  # a row per image
     long = fc.evaluate(run, by="site", table=write_table(tmp_path / "images.csv", images), id="study", bootstrap=0)
     assert [part.to_json() for part in long.subgroups] == [part.to_json() for part in found.subgroups]
-    with pytest.raises(
-        InputError, match=r"say with --table where the column is \(the manifest of the run, samples.csv\)"
-    ):
-        fc.evaluate(run, by="site")
     short = write_table(tmp_path / "short.csv", [{"sample_id": "s999", "site": "a"}])
     with pytest.raises(InputError, match=r"test samples of the run are not there, such as 's\d+'"):
         fc.evaluate(run, by="site", table=short)
     twice = write_table(tmp_path / "twice.csv", [{"sample_id": "s1", "site": s} for s in "ab"])
     with pytest.raises(InputError, match="sample 's1' has several values of 'site'"):
         fc.evaluate(run, by="site", table=twice)
+
+
+@pytest.mark.parametrize("name", ["head", "joint"])
+def test_the_runs_own_manifest_is_where_the_column_is_looked_for(tmp_path, home, name):
+    """Found from the run, so that a project folder may be moved."""
+    shutil.copytree(home / "runs" / name, tmp_path / "runs" / name)
+    shutil.copytree(home / "data", tmp_path / "data")
+    run = fc.load_run(tmp_path / "runs" / name)
+    group = {row["sample_id"]: row["kind"] for row in read_table(home / "data/samples.csv")}
+    found = fc.evaluate(run, by="kind", bootstrap=0)
+    assert {part.value for part in found.subgroups} == {group[i] for i in run.arrays.of("test").sample_ids.tolist()}
+    with pytest.raises(InputError, match=r"--by kindd: samples\.csv has no such column\. Did you mean 'kind'\?"):
+        fc.evaluate(run, by="kindd")
+
+
+def test_a_run_whose_manifest_has_changed_has_to_be_told_where_the_column_is(home, tmp_path):
+    data = tmp_path / "data/samples.csv"
+    shutil.copytree(home / "data", data.parent)
+    fc.extract(data, store=tmp_path / "cache", views=TWO, **TINY)
+    dataset = fc.FeatureDataset(tmp_path / "cache", dataset="samples", target="label")
+    run = fc.fit_head(dataset, head="logistic", out=tmp_path / "runs/a", bootstrap=0)
+    data.write_text(data.read_text() + "\n")
+    asked = r"--by kind: say with --table where the column is \(the manifest of the run, samples.csv\)"
+    with pytest.raises(InputError, match=asked):
+        fc.evaluate(run, by="kind")
+    data.unlink()
+    with pytest.raises(InputError, match=asked):
+        fc.evaluate(run, by="kind")
 
 
 def test_a_wanted_sensitivity_is_chosen_on_the_runs_validation_samples(home, tmp_path):

@@ -361,7 +361,18 @@ def test_progress_counts_what_is_to_do(data, tmp_path):
     reporter = Notes()
     extract(config(data, tmp_path / "store"), reporter)
     assert reporter.totals == reporter.done == {"image": 6}
-    assert reporter.notes == ["image: 6 images to do, about 0.2 MB of features to write"]
+    assert reporter.notes == ["image: 6 images to do, at most 72 B of features"]
+    reporter = Notes()  # not recognised by their stat, so young they are; no row will be new
+    assert extract(config(data, tmp_path / "store"), reporter).bytes_written == 0
+    assert reporter.notes == ["image: 6 images to do, at most 72 B of features"]
+
+
+def test_rows_that_fill_up_a_chunk_count_as_written(data, tmp_path):
+    """The chunk was there, at its full size, when the run before ended."""
+    rows = read_rows(data)
+    first = run(write_manifest(data, rows[:2]), tmp_path / "store")
+    second = run(write_manifest(data, rows), tmp_path / "store")
+    assert (first.bytes_written, second.bytes_written) == (24, 48)
 
 
 def test_a_tap_that_is_dearer_to_read_than_to_compute(data, tmp_path, monkeypatch):
@@ -378,13 +389,44 @@ def test_counts_that_can_not_be(data, tmp_path, name):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_changed_manifest_path_needs_replace(data, tmp_path):
+def test_another_manifest_needs_replace(data, tmp_path):
     run(data, tmp_path / "store")
     other = tmp_path / "elsewhere" / "samples.csv"
     shutil.copytree(data.parent, other.parent)
+    write_manifest(other, read_rows(other)[:5])
     with pytest.raises(InputError, match=r"dataset 'samples' in this store was made from .*--replace"):
         run(other, tmp_path / "store")
-    assert counts(run(other, tmp_path / "store", replace=True)) == (0, 6, 0)
+    assert counts(run(other, tmp_path / "store", replace=True)) == (0, 5, 0)
+
+
+def test_a_dataset_that_takes_other_features_says_so(data, tmp_path):
+    first = run(data, tmp_path / "store").recipes["image"]
+    reporter = Notes()
+    found = extract(config(data, tmp_path / "store", body="plugin_extract:strided"), reporter).recipes["image"]
+    assert reporter.notes[-1] == (
+        f"dataset samples: view image now takes recipe {found} (before: {first}, whose rows stay; "
+        f"fit-head --recipe image={first} takes them)"
+    )
+    reporter = Notes()
+    extract(config(data, tmp_path / "store", body="plugin_extract:strided"), reporter)
+    assert not any("recipe" in note for note in reporter.notes), "said once"
+
+
+@pytest.mark.parametrize(("gone", "why"), [(True, "which is gone"), (False, "a file of the same content")])
+def test_a_manifest_that_was_moved_is_followed(data, tmp_path, gone, why):
+    """A folder that is renamed, and one that is copied; in the first the table may have grown since."""
+    first, other = tmp_path / "first" / data.name, tmp_path / "elsewhere" / data.name
+    shutil.copytree(data.parent, first.parent)
+    run(first, tmp_path / "store")
+    shutil.copytree(first.parent, other.parent)
+    if gone:
+        shutil.rmtree(first.parent)
+        write_manifest(other, read_rows(other)[:5])
+    reporter = Notes()
+    summary = extract(config(other, tmp_path / "store"), reporter)
+    assert (summary.computed, summary.failed) == (0, 0)
+    assert f"dataset 'samples' was made from {first}, {why}; {other} takes its place" in reporter.notes
+    assert FeatureStore(tmp_path / "store").binding("samples").manifest_path == str(other)
 
 
 def test_keyboard_interrupt_keeps_what_is_complete(data, tmp_path, monkeypatch):

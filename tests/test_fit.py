@@ -54,7 +54,9 @@ def test_a_run_records_what_it_was_made_from(dataset, tmp_path):
     record = run.record
     assert record["head"]["name"] == "xgboost"
     assert record["head"]["settings"]["max_bin"] == 16
-    assert record["binding"] == {"dataset": "m", "digest": dataset.binding.digest}
+    binding = dataset.binding
+    known = {"dataset": "m", "digest": binding.digest, "manifest_digest": binding.manifest_digest}
+    assert record["binding"] == known
     assert record["split"]["seed"] == 4
     assert record["target_config"] == {"target": ["label"], "task": "auto", "uncertain": {}}
     assert {view: read_recipe(entry) for view, entry in record["recipes"].items()} == dataset.recipes

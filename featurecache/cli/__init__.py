@@ -33,7 +33,7 @@ from featurecache.cli import (
     tune,
 )
 from featurecache.cli.flags import Command, Group
-from featurecache.cli.output import DONE, STATUSES, WRONG, describe, print_json
+from featurecache.cli.output import DONE, INTERRUPTED, STATUSES, WRONG, print_json
 from featurecache.errors import did_you_mean
 
 app = typer.Typer(
@@ -119,9 +119,9 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     try:
         status = app(prog_name="featurecache", standalone_mode=False)
-    except KeyboardInterrupt as error:  # before a command began
-        message, status = describe(error)
-        print(message, file=sys.stderr)
+    except KeyboardInterrupt:  # before a command began
+        print("Interrupted before it began; run the same command again.", file=sys.stderr)
+        status = INTERRUPTED
     except Exception as error:
         status = wrong_use(error)
     # At its end Python looks once more for garbage among all that was imported: 1.1 of 4.5 s of processor time where

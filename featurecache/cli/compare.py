@@ -36,18 +36,6 @@ def compare(
         if out is not None:
             found.write(out)
             output.outputs = [str(out)]
-        on = f"{found.n:,} test samples in {found.n_groups:,} groups"
-        output.text(f"{found.metric} on {on}, ranked on {found.n_valid:,} validation samples")
-        width = max(len(row.run) for row in found.runs)
-        for row in found.runs:
-            line = f"{row.rank:>3}  {row.run:<{width}}  valid {_number(row.valid)}  test {_number(row.test)}"
-            if row.test_low is not None and row.test_high is not None:
-                line += f" [{row.test_low:.3f}, {row.test_high:.3f}]"
-            if row.difference is not None:
-                line += f"  {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-            output.text(f"{line}  {row.words}{f' ({row.note})' if row.note else ''}")
+        for line in found.lines():
+            output.text(line)
         output.next = f"open {found.runs[0].run}/report.html"
-
-
-def _number(value: float | None) -> str:
-    return "    -" if value is None else f"{value:.3f}"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurecache.amounts import counted, human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
 from featurecache.cli.output import Debug, Json, Quiet, command
@@ -112,16 +111,8 @@ def explore(
             "method": method.value,
             "bytes": size,
         }
-        output.text(
-            f"page      {made.path}: {made.points:,} of {counted(made.samples, 'sample')} ({human_bytes(size)})"
-        )
-        if made.pictures:
-            output.text(f"pictures  {made.pictures:,}, up to {made.picture_pixels} px")
-        output.text(f"found     {made.duplicates:,} near-duplicate pairs, {made.suspects:,} likely label errors")
-        if made.parquet is not None:
-            output.text(f"table     {made.parquet} ({human_bytes(made.parquet.stat().st_size)})")
-        for note in made.notes:
-            output.text(f"note      {note}")
+        for line in made.lines():
+            output.text(line)
         output.next = f"open {made.path} in a browser"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featurecache.amounts import human_bytes
 from featurecache.cli import options as opt
 from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable, planned_command
 from featurecache.cli.progress import reporter
@@ -183,20 +181,8 @@ def show(output: Output, summary: Summary, tap: Sequence[str] = ()) -> None:
     output.outputs = [summary.store]
     output.figures = summary.to_json()
     output.failed = summary.failures
-    share = 100 * summary.reused / summary.images if summary.images else 100.0
-    output.text(f"dataset   {summary.dataset}: {summary.samples:,} samples, {summary.images:,} images")
-    rate = f" ({summary.images_per_second:,.1f} images/s)" if summary.computed else ""
-    output.text(f"computed  {summary.computed:,}{rate}")
-    output.text(f"reused    {summary.reused:,} ({math.floor(share * 10) / 10:g} % reused)")
-    if summary.replicas:
-        counts = f"computed {summary.replicas_computed:,}, reused {summary.replicas_reused:,}"
-        output.text(f"replicas  {summary.replicas} of each image: {counts}")
-    output.text(f"failed    {summary.failed:,}" + (f", see {summary.store}/failures.csv" if summary.failed else ""))
-    output.text(f"written   {human_bytes(summary.bytes_written)} to {summary.store}")
-    for view, recipe in summary.recipes.items():
-        output.text(f"view      {view}: recipe {recipe}, {summary.engines[view]}")
-    parts = ", ".join(f"{name.removeprefix('seconds_')} {value:.1f} s" for name, value in summary.seconds.items())
-    output.text(f"time      {parts}")
+    for line in summary.lines():
+        output.text(line)
     target = summary.target or "COLUMN"
     output.next = pasteable(
         "fit-head", summary.store, "--dataset", summary.dataset, "--target", target, "--head", "logistic", *tap

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from featurecache.amounts import counted
+from featurecache.amounts import counted, metric_line
 from featurecache.calls import flat_metrics
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
@@ -22,10 +22,6 @@ EPILOG = (
     "--out runs/xgb. Masks: featurecache fit-head cache --dataset manifest --target mask --head decoder --tap layer1 "
     "--tap layer2 --tap layer4"
 )
-SHOWN = (
-    "iou", "dice", "pixel_accuracy", "accuracy", "balanced_accuracy", "roc_auc", "average_precision", "f1_macro",
-    "log_loss", "r2", "rmse",
-)  # fmt: skip
 
 
 def fit_head(
@@ -97,6 +93,7 @@ def show_run(output: Output, run: Run) -> None:
         **({"folds": cv["folds"]} if cv else {}),
         "replicas": (run.record.get("replicas") or {}).get("count", 0),
         **{name: run.record[name] for name in ("n_dropped", "n_failed") if name in run.record},
+        "n_unlabelled": unlabelled_samples(run),
         **{f"unreadable_{view}": count for view, count in run.record.get("failed_views", {}).items()},
         **flat_metrics(run.metrics),
         "notes": list(run.record.get("notes", ())),
@@ -107,6 +104,8 @@ def show_run(output: Output, run: Run) -> None:
     for split in ("test", "valid", "train"):
         if split in run.metrics:
             output.text(metric_line(split_label(run, split), run.metrics[split]))
+    if line := kept_line(run):
+        output.text(line)
     skipped = run.record.get("skipped", ())
     if skipped:
         why = "without a training sample" if run.task == "multiclass" else "without a known positive or negative"
@@ -123,21 +122,33 @@ def show_run(output: Output, run: Run) -> None:
         output.text(f"missing   view {view} of {counted(count, 'sample')}: the image could not be read")
     if run.record.get("n_dropped"):
         output.text(f"left out  {counted(run.record['n_dropped'], 'sample')} without the views")
+    if unlabelled := unlabelled_samples(run):
+        output.text(f"left out  {counted(unlabelled, 'sample')} without a known label")
     output.text(f"report    {path}/report.html")
+
+
+def unlabelled_samples(run: Run) -> int:
+    """How many samples took no part since nothing is known of their target."""
+    from featurecache.rundir.flow import NO_LABEL
+
+    left_out = (run.record.get("flow") or {}).get("left_out", ())
+    return sum(part["samples"] for part in left_out if part["why"] == NO_LABEL)
+
+
+def kept_line(run: Run) -> str:
+    """Which epoch or round of the history was kept, with its loss; '' where validation chose none."""
+    from featurecache.reporting.material import Material
+    from featurecache.reporting.measured import kept_epoch
+
+    epoch, history = kept_epoch(Material(run.path, run.record, run.metrics, run.arrays)), run.history
+    unit = next((name for name in ("epoch", "round") if name in history.columns), "")
+    if epoch is None or not unit or "valid_loss" not in history.columns:
+        return ""
+    found = history.filter(history[unit] == epoch)["valid_loss"].drop_nulls()
+    loss = f", valid_loss {found[0]:.4f}" if len(found) else ""
+    return f"kept      {unit} {epoch:,} of {int(history[unit].max()):,}{loss}"  # type: ignore[arg-type]
 
 
 def split_label(run: Run, split: str) -> str:
     """What the samples of a split are called in a line."""
     return "folds" if run.record.get("cv") and split == "test" else split
-
-
-def metric_line(split: str, metrics: dict[str, Any]) -> str:
-    """`test  n 188 (124 groups): accuracy 0.81 [0.75, 0.86], ...`."""
-    intervals = metrics.get("intervals", {})
-    parts = []
-    for name in SHOWN:
-        value = metrics.get(name)
-        if isinstance(value, int | float):
-            low, high = intervals.get(name) or (None, None)
-            parts.append(f"{name} {value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else ""))
-    return f"{split:<9} n {metrics['n']} in {counted(metrics['n_groups'], 'group')}: {', '.join(parts[:4])}"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from featurecache.cli.output import Debug, Json, Quiet, command
+from featurecache.cli.output import Debug, Json, Quiet, command, pasteable
 
 EPILOG = "Example: featurecache init study, then put your own rows into study/manifest.csv"
 
@@ -26,4 +26,5 @@ def init(
         output.outputs = [str(path) for path in written]
         for path in written:
             output.text(f"written   {path}")
-        output.next = f"put your own rows into {written[1]}, then: featurecache pipeline {written[0]} --dry-run"
+        then = pasteable("pipeline", written[0], "--dry-run")
+        output.next = f"put your own rows into {written[1]}, then: {then}"

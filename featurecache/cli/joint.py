@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -226,5 +227,21 @@ def cache_tuned(run: Run, params: Mapping[str, Any], path: str) -> str:
     if params["root"] is not None:
         chosen["root"] = params["root"]
     how = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
-    words = [*([] if params["manifest"].is_dir() else named), *how, "--body", f"run:{path}"]
-    return pasteable("extract", params["manifest"], "--store", params["store"] or "cache", *words)
+    from featurecache.rundir.files import read_record
+
+    init = read_record(params["init"]) if params.get("init") else {}
+    # Under a name of its own: the dataset that the start was fitted on keeps its features.
+    name = (init.get("binding") or run.record.get("binding") or {}).get("dataset", params["manifest"].stem)
+    words = [*([] if params["manifest"].is_dir() else named), *how, "--body", f"run:{path}", "--name", f"{name}-tuned"]
+    store = params["store"] or store_of(init.get("command"), params.get("init")) or "cache"
+    return pasteable("extract", params["manifest"], "--store", store, *words)
+
+
+def store_of(line: str | None, run: Path | None) -> Path | None:
+    """The store that a run was fitted on: the word of its command line that is one, seen from here or from the run."""
+    from featurecache.store.format import StorePaths
+
+    if run is None or not (line or "").startswith("featurecache "):  # a call from Python names no store
+        return None
+    places = [place / word for word in shlex.split(line or "") for place in (Path(), run.parent)]
+    return next((place for place in places if StorePaths(place).index.is_file()), None)

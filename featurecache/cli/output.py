@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +23,15 @@ from featurecache.machine.interrupts import interrupt_once
 
 SCHEMA = 1
 DONE, FAILED, WRONG, PARTLY, INTERRUPTED = 0, 1, 2, 3, 130
-STATUSES = "Exit status: 0 done; 1 failed; 2 wrong use or bad input; 3 done, but some samples failed, which are listed."
+STATUSES = (
+    "Exit status: 0 done; 1 failed; 2 wrong use or bad input; 3 done, but some samples failed, which are listed; "
+    "130 interrupted."
+)
 STATES = {DONE: "done", FAILED: "failed", WRONG: "failed", PARTLY: "partly failed", INTERRUPTED: "interrupted"}
+# Interrupted, these go on from what is complete when they are given again.
+GOING_ON = ("extract", "tune", "pipeline", "demo", "rm", "prune", "forget")
+KEPT = "What was complete is kept; run the same command again to go on."
+AFRESH = "What was not finished is not kept; the same command begins afresh."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Output")]
 Quiet = Annotated[
@@ -40,6 +47,7 @@ class Output:
     Attributes:
         journals: stores and runs that keep a record of the command; those that are there when it ends do.
         withheld: text that the record must not hold.
+        goes_on: interrupted, the same command goes on from what is complete.
     """
 
     command: str
@@ -55,6 +63,7 @@ class Output:
     message: str = ""
     journals: list[Path] = field(default_factory=list)
     withheld: Sequence[str] = ()
+    goes_on: bool = False
 
     def text(self, line: str = "") -> None:
         """A line for people; goes to stdout unless --json or --quiet."""
@@ -102,7 +111,8 @@ def command(
     SIGTERM ends it like Ctrl-C: what is complete gets committed on the way out. Stores and runs among `journals` keep
     a record of it, however it ends; a body may add some.
     """
-    output = Output(name, as_json, quiet, debug, journals=[path for path in journals if path is not None])
+    places = [path for path in journals if path is not None]
+    output = Output(name, as_json, quiet, debug, journals=places, goes_on=name in GOING_ON)
     set_up_process()
     with record(name, typed_command(), output.journals) as kept:
         try:
@@ -117,19 +127,27 @@ def command(
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc()
-            status = output.error(*describe(error))
+            status = output.error(*describe(error, goes_on=output.goes_on))
         kept.status, kept.error, kept.withheld = STATES[status], output.message, output.withheld
         kept.figures, kept.failed = output.figures, len(output.failed)
+    if status == INTERRUPTED:
+        end_silently()
     if status:
         raise typer.Exit(status)
 
 
-def describe(error: BaseException) -> tuple[str, int]:
-    """What to tell the user of an error, and the exit status."""
+def describe(error: BaseException, *, goes_on: bool = False) -> tuple[str, int]:
+    """What to tell the user of an error, and the exit status.
+
+    Args:
+        error: that ended a command; a note on an interrupt says how to go on.
+        goes_on: interrupted, the same command takes up what is complete.
+    """
     if isinstance(error, FeatureCacheError):
         return str(error), error.exit_status
     if isinstance(error, KeyboardInterrupt | typer.Abort):  # the latter at a question
-        return "Interrupted. What was complete is kept; run the same command again to go on.", INTERRUPTED
+        told = KEPT if goes_on else " ".join(getattr(error, "__notes__", ())) or AFRESH
+        return f"Interrupted. {told}", INTERRUPTED
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, OSError | MemoryError):  # the machine's: a full disk, no permission
         return what, FAILED
@@ -137,6 +155,16 @@ def describe(error: BaseException) -> tuple[str, int]:
         f"unexpected {what}\nThis is a bug in featurecache. Run the command again with --debug and report it.",
         FAILED,
     )
+
+
+def end_silently() -> None:
+    """All that was complete is kept and that is said: another Ctrl-C, while Python ends, ends it without a word."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)):
+            with suppress(ValueError):  # not the main thread
+                signal.signal(number, lambda *_: os._exit(INTERRUPTED))
 
 
 def set_up_process() -> None:

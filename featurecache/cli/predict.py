@@ -9,24 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featurecache.amounts import metric_line
 from featurecache.calls import flat_metrics
 from featurecache.cli import options as opt
 from featurecache.cli import stagetwo as two
-from featurecache.cli.heads import metric_line, split_label
+from featurecache.cli.heads import split_label
 from featurecache.cli.newsamples import RunArgument, Sources, Store, Tta, new_samples
 from featurecache.cli.output import Debug, Json, Output, Quiet, command, pasteable, typed_command
 from featurecache.cli.progress import reporter
 
 if TYPE_CHECKING:
     from featurecache.evaluate import Evaluation
-    from featurecache.evaluation.subgroups import Subgroup
     from featurecache.run import Run
 
 PREDICT_EPILOG = (
     "Example: featurecache predict runs/xgb new.csv --out preds.csv --store cache. Single files of a two-view run: "
     "featurecache predict runs/xgb frontal=a.png lateral=b.png --out preds.csv"
 )
-MOST_SHOWN = 20  # subgroups on the screen
 EVALUATE_EPILOG = "Example: featurecache evaluate runs/xgb external.csv --store cache --by site"
 
 
@@ -57,6 +56,7 @@ def predict(
         from featurecache.run import load_run
 
         loaded = load_run(run)
+        output.goes_on = store is not None and loaded.kind == "head"
         with reporter(quiet=quiet) as progress:
             scored, path = run_prediction(loaded, new_samples(loaded, ctx.params, *sources), out, progress)
         output.outputs = [str(path)]
@@ -92,7 +92,7 @@ def evaluate(
         str | None, typer.Option(metavar="COLUMN", help="Measure each value of a column on its own, too.")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Without MANIFEST: where COLUMN is, by --id; the run's manifest, say.")
+        Path | None, typer.Option(help="Without MANIFEST: where COLUMN is, by --id; default the run's own manifest.")
     ] = None,
     at: two.DecideAt = None,
     bootstrap: two.Bootstrap = 1000,
@@ -110,6 +110,7 @@ def evaluate(
             show_metrics(output, loaded)
             return
         output.journals += [path for path in (run, store) if path is not None]
+        output.goes_on = store is not None and loaded.kind == "head"
         if manifest is None:
             found = measure_own(loaded, ctx.params)
         else:
@@ -147,7 +148,8 @@ def measure_own(run: Run, params: Mapping[str, Any]) -> Evaluation:
     """The run's own samples by subgroups, or decided elsewhere."""
     from featurecache.evaluate import evaluate_own
 
-    return evaluate_own(run, **{name: params[name] for name in ("by", "table", "id", "at", "bootstrap")})
+    wanted = {name: params[name] for name in ("by", "table", "id", "at", "bootstrap")}
+    return evaluate_own(run, **wanted, command=typed_command())
 
 
 def measure_new(run: Run, manifest: str, params: Mapping[str, Any]) -> Evaluation:
@@ -160,6 +162,7 @@ def measure_new(run: Run, manifest: str, params: Mapping[str, Any]) -> Evaluatio
             new_samples(run, params, manifest),
             **{name: params[name] for name in ("by", "at", "bootstrap")},
             images=two.image_count(params["images"]),
+            command=typed_command(),
             reporter=progress,
         )
 
@@ -172,23 +175,13 @@ def show_evaluation(output: Output, run: Run, found: Evaluation, by: str) -> Non
         output.failed = found.scored.failures
         samples = {"samples": len(found.scored.sample_ids)}
         output.figures |= {**samples, "computed": found.scored.computed, "reused": found.scored.reused}
-    tell_notes(output, [*(found.scored.notes if found.scored is not None else ()), *found.notes])
-    output.text(metric_line(split_label(run, "test") if found.scored is None else "test", found.metrics["test"]))
-    show_subgroups(output, by, found.subgroups)
-    output.text(f"written   {found.path}")
+    output.figures["notes"] = [*(found.scored.notes if found.scored is not None else ()), *found.notes]
+    if found.subgroups:
+        parts = {part.value: part.to_json() for part in found.subgroups}
+        output.figures["by"] = {"column": by, "subgroups": parts}
+    for line in found.lines(split_label(run, "test") if found.scored is None else "test"):
+        output.text(line)
     output.next = f"open {found.path}/report.html"
-
-
-def show_subgroups(output: Output, by: str, subgroups: list[Subgroup]) -> None:
-    """A line each, and whether it is too small to say much."""
-    if not subgroups:
-        return
-    output.figures["by"] = {"column": by, "subgroups": {part.value: part.to_json() for part in subgroups}}
-    for part in subgroups[:MOST_SHOWN]:
-        line = metric_line(f"{by}={part.value or '(empty)'}", part.to_json())
-        output.text(f"{line}{f'  (small: {part.small})' if part.small else ''}")
-    if len(subgroups) > MOST_SHOWN:
-        output.text(f"{by}: {len(subgroups) - MOST_SHOWN:,} more values, on the page and in evaluation.json")
 
 
 def tell_notes(output: Output, notes: list[str]) -> None:
@@ -202,3 +195,5 @@ def tell_unkept(output: Output, run: Run, store: Path | None) -> None:
     """That the same images would be computed once more; a joint run's are each time."""
     if store is None and run.kind == "head":
         output.text("note      features are not kept; with --store STORE only new images are computed the next time")
+    elif store is not None and run.kind == "joint":
+        output.text("note      --store is not used: a joint run's images go through its network each time")

@@ -33,7 +33,8 @@ class Lines:
         self._tally.advance(task, n, status)
         if (now := time.monotonic()) - self._last >= LINE_EVERY:
             running = list(self._tally.running.values())
-            self.note("; ".join(each.so_far() for each in [each for each in running if each.at_work] or running))
+            told = [each for each in running if each.at_work or each.last > self._last]  # also what is complete by now
+            self.note("; ".join(each.so_far() for each in told or running))
             self._last = now
 
     def end(self, task: str) -> None:

@@ -39,7 +39,9 @@ class Running:
     def in_all(self) -> str:
         """What became of it: `a: 625 images in 2.2 s, 284.1 images/s, 2 failed`."""
         what, rate = "nothing to do", self.done / max(self.seconds, 1e-9)
-        if self.done:
+        if not self.done and self.total is not None and self.before < self.total:  # interrupted before its turn
+            what = f"none of {self.total - self.before:,} {self.unit} done"
+        elif self.done:
             what = f"{self.done:,} {self.unit} in {self.seconds:,.1f} s, {rate:,.1f} {self.unit}/s"
         return f"{self.name}: {what}" + (f", {self.status}" if self.status else "")
 

@@ -15,11 +15,14 @@ NAMED = ("label", "target", "class", "diagnosis", "outcome", "finding", "y")
 DIVIDES = ("split", "fold", "group", "patient", "patient_id", "subject", "subject_id", "site")
 MOST_CLASSES = 20
 OWNERS = (
-    "patient", "subject", "participant", "person", "individual", "donor", "animal", "case", "lesion", "specimen",
-    "slide", "study", "exam",
+    r"patient(?:en|in|innen|e)?|pat|pa[cz]iente|pazienti|mrn",
+    r"subje[ck]t|sujet|sujeto|soggetto|proband(?:en|in|innen)?|versuchsperson(?:en)?",
+    r"participant|participante|partecipante|teilnehmer(?:in|innen)?",
+    r"person(?:en)?|persona|personne",
+    "individual", "donor", "animal", "case", "lesion", "specimen", "slide", "study", "exam",
 )  # fmt: skip
-"""What several samples may be of; a column called after the first of them goes before one called after a later."""
-_NUMBER = r"_?(id|ids|no|nr|num|number|key|code|uid|name|hash)"
+"""What several samples may be of, in some languages; a column called after the first of them goes before a later's."""
+_NUMBER = r"_?(id|ids|no|nr|num|number|nummer|numero|número|numéro|key|code|uid|name|hash|kennung|kürzel|pseudonym)"
 
 
 def likely_target(table: pl.DataFrame, config: ManifestConfig) -> str:
@@ -38,9 +41,9 @@ def likely_target(table: pl.DataFrame, config: ManifestConfig) -> str:
 def likely_group(table: pl.DataFrame, taken: Collection[str] = ()) -> str | None:
     """The column that most likely says which samples are of one patient, or of one of the other `OWNERS`.
 
-    It is called so (`patient`, `PatientID`, `case_no`), and several samples share a value, yet there are too many
-    values for a few classes: 10 where its name says that it numbers them, else more than `MOST_CLASSES`, or a third of
-    the samples.
+    It is called so (`patient`, `PatientID`, `Patienten-Nr.`, `case_no`), and several samples share a value, yet there
+    are too many values for a few classes: 10 where its name says that it numbers them, else more than `MOST_CLASSES`,
+    or a third of the samples.
 
     Args:
         table: of the manifest, a row per sample.
@@ -49,7 +52,7 @@ def likely_group(table: pl.DataFrame, taken: Collection[str] = ()) -> str | None
     for owner in OWNERS:
         for column in table.columns:
             name = re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", column)).lower().strip("_")
-            called = re.search(rf"(^|_){owner}s?({_NUMBER})?$", name)
+            called = re.search(rf"(^|_)(?:{owner})s?({_NUMBER})?$", name)
             values = table[column].drop_nulls()
             if called is None or column in taken or values.dtype.is_float() or values.dtype.is_nested():
                 continue

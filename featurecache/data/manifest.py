@@ -44,6 +44,7 @@ class Manifest:
         multi: what is done with several images of a view.
         readers: per view the name of its reader, as given or as its files decided.
         varying: long layout: columns that are not in `table`, since they differ within a sample -> why, naming rows.
+        notes: what a user should know of how it was read.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Manifest:
     multi: str
     readers: Mapping[str, str]
     varying: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def column(self, name: str) -> pl.Series:
         """A column of the table.
@@ -117,7 +119,14 @@ def read_manifest(config: ManifestConfig, *, images: bool = True, early: Early |
         multi=config.multi,
         readers=readers,
         varying=layout.varying,
+        notes=_notes(source),
     )
+
+
+def _notes(source: Source) -> tuple[str, ...]:
+    if source.separator == "," or source.path.suffix.lower() == ".tsv":
+        return ()
+    return (f"{source.shown}: read with {source.separator!r} between the cells, as its header has it",)
 
 
 def with_readers(config: T, manifest: Manifest) -> T:

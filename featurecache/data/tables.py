@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -13,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from featurecache.amounts import counted
 from featurecache.errors import InputError, MissingFileError, did_you_mean
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 ARRAY_SUFFIXES = (".npy",)
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+SEPARATORS = (",", ";", "\t", "|")
+_HEAD = 1 << 16  # characters in which the header is looked for
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Source:
         rows: per record its line in a CSV (the header is line 1), else its number, counted from 1.
         unit: `line` or `row`.
         problems: what is wrong with single records.
+        separator: between the cells of a CSV.
     """
 
     path: Path
@@ -41,6 +46,7 @@ class Source:
     rows: pl.Series
     unit: str
     problems: tuple[str, ...] = ()
+    separator: str = ","
 
     def where(self, row: int | None = None, column: str | None = None) -> str:
         """`manifest.csv, line 3, column 'frontal'`, to begin a message with."""
@@ -57,14 +63,11 @@ class Source:
             return None
         columns = self.frame.columns
         message = f"{self.shown}: no column {column!r} ({option}).{did_you_mean(column, columns)} "
-        separator = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
-        if separator is not None:
-            return f"{message}Its cells are separated by {separator!r}: save it with commas, or with tabs as .tsv."
-        return f"{message}Columns: {', '.join(columns[:20])}"
+        return message + (_meant(columns, self.separator) or f"Columns: {', '.join(columns[:20])}")
 
 
 def read_source(path: Path, *, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Source:
-    """Read CSV (or tab-separated .tsv), Parquet or an image folder.
+    """Read CSV (also with `;`, tabs or `|` between the cells), Parquet or an image folder.
 
     Args:
         path: file or folder.
@@ -80,7 +83,12 @@ def read_source(path: Path, *, suffixes: Collection[str] = IMAGE_SUFFIXES) -> So
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise MissingFileError(f"{shown}: no such file or folder") from None
+        beside = sorted(
+            file.name for file in path.parent.glob("*") if file.suffix.lower() in (".csv", ".parquet", ".tsv")
+        )
+        same = [name for name in beside if Path(name).stem == path.name]  # the suffix was left out
+        near = f" Did you mean {same[0]!r}?" if same else did_you_mean(path.name, beside)
+        raise MissingFileError(f"{shown}: no such file or folder{'.' if near else ''}{near}") from None
     except OSError as error:
         raise InputError(f"{shown}: can't be read: {error.strerror}") from None
     digest = hashlib.sha256(data).hexdigest()
@@ -90,7 +98,7 @@ def read_source(path: Path, *, suffixes: Collection[str] = IMAGE_SUFFIXES) -> So
         raise InputError(f"{shown}: {_no_parquet(data)}")
     if path.suffix.lower() not in (".csv", ".tsv", ".txt", ""):
         raise InputError(f"{shown}: a manifest is a CSV or Parquet file or a folder of images, not {path.suffix!r}")
-    return _read_csv(path, shown, digest, data, "\t" if path.suffix.lower() == ".tsv" else ",")
+    return _read_csv(path, shown, digest, data)
 
 
 def _no_parquet(data: bytes) -> str:
@@ -112,8 +120,36 @@ def _decode(data: bytes, shown: str) -> str:
         raise InputError(f"{shown}, line {line}: not UTF-8 ({error.reason}). Save the table as UTF-8.") from None
 
 
-def _read_csv(path: Path, shown: str, digest: str, data: bytes, delimiter: str) -> Source:
+def _separator(text: str, suffix: str) -> str:
+    """What stands between the cells: the comma if it divides the header, else what divides it into most.
+
+    Where commas are decimal, spreadsheets save a .csv with semicolons.
+    """
+    if suffix == ".tsv":
+        return "\t"
+    widths = {mark: 0 for mark in SEPARATORS}
+    for mark in SEPARATORS:
+        with contextlib.suppress(csv.Error):
+            head = csv.reader(io.StringIO(text[:_HEAD], newline=""), delimiter=mark, strict=True)
+            widths[mark] = len(next((record for record in head if record), []))
+    return "," if widths[","] > 1 else max(SEPARATORS, key=widths.__getitem__)
+
+
+def _meant(columns: Sequence[str], separator: str) -> str:
+    """What to do where names of columns hold another separator as often as there are columns, or ''."""
+    names = "".join(columns)
+    other = next((mark for mark in SEPARATORS if mark != separator and names.count(mark) >= len(columns)), None)
+    if other is None:
+        return ""
+    return (
+        f"Its cells look separated by {other!r}, but the header also holds {separator!r}, which is taken first: "
+        "rename the column that has it, or save the table with tabs as .tsv."
+    )
+
+
+def _read_csv(path: Path, shown: str, digest: str, data: bytes) -> Source:
     text = _decode(data, shown)
+    delimiter = _separator(text, path.suffix.lower())
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next((record for record in reader if record), [])
@@ -128,17 +164,21 @@ def _read_csv(path: Path, shown: str, digest: str, data: bytes, delimiter: str) 
         raise InputError(f"{shown}, line {first - 1}: column {twice[0]!r} is there {names.count(twice[0])} times")
     if plain is not None:
         frame = plain.rename(dict(zip(plain.columns, names, strict=True))).with_columns(_emptied())
-        return Source(path, shown, digest, frame, pl.int_range(2, frame.height + 2, eager=True).rename("row"), "line")
+        numbers = pl.int_range(2, frame.height + 2, eager=True).rename("row")
+        return Source(path, shown, digest, frame, numbers, "line", separator=delimiter)
     if not any(records):
         raise InputError(f"{shown}: the table is empty: a header, but no rows")
     lines: Sequence[int] = range(first, first + len(records))
     problems: list[str] = []
     if reader.line_num != first + len(records) - 1 or {len(record) for record in records} != {len(names)}:
         records, lines, problems = _by_line(text, delimiter, len(names), shown)
+        if problems and (meant := _meant(names, delimiter)):
+            raise InputError(f"{shown}: {counted(len(problems), 'line')} not as long as the header. {meant}")
     columns = zip(*records, strict=True) if records else ([] for _ in names)
     series = [pl.Series(name, column, dtype=pl.String) for name, column in zip(names, columns, strict=True)]
     frame = pl.DataFrame(series).with_columns(_emptied())
-    return Source(path, shown, digest, frame, pl.Series("row", lines, dtype=pl.Int64), "line", tuple(problems))
+    rows = pl.Series("row", lines, dtype=pl.Int64)
+    return Source(path, shown, digest, frame, rows, "line", tuple(problems), delimiter)
 
 
 def _plain_records(data: bytes, delimiter: str, width: int) -> pl.DataFrame | None:

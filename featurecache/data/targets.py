@@ -168,6 +168,15 @@ def _as_float(text: pl.Series) -> pl.Series:
     return text.cast(pl.Float64, strict=False)
 
 
+def _commas(text: pl.Series) -> str:
+    """What to do where a decimal comma is all that keeps a column from being numbers; else ''."""
+    odd = text.filter(_as_float(text).is_null() & text.is_not_null())
+    pointed = odd.str.replace(",", ".", literal=True)
+    if not len(odd) or not _is_numeric(pointed):
+        return ""
+    return f" (decimal commas? write {pointed[0]} for {odd[0]})"
+
+
 def _is_numeric(text: pl.Series) -> bool:
     return _as_float(text).null_count() == text.null_count()
 
@@ -208,7 +217,7 @@ def _numbers(table: pl.DataFrame, columns: Sequence[pl.Series], *, binary: bool,
             what = (
                 "multilabel targets are 0, 1 or empty" if binary else "regression targets are finite numbers or empty"
             )
-            hint = " (give --uncertain VALUE=ignore|zero|one for other marks)" if binary else ""
+            hint = " (give --uncertain VALUE=ignore|zero|one for other marks)" if binary else _commas(text)
             problems.append(f"column {text.name!r}: {what}{hint}; found {_places(table, text, wrong)}")
         else:
             values[:, index] = number.fill_null(np.nan).to_numpy()
@@ -246,12 +255,12 @@ def _classes(
 
 
 def _check_repeated(labels: Sequence[str], text: pl.Series, head: str, *, guessed: bool) -> None:
-    """Refuse a class per sample, and, unless the task was given, a class for every two."""
+    """Refuse a class per sample, and, unless the task was given, a class for every two, or many with decimal commas."""
     n = len(text) - text.null_count()
-    every = 2 < len(labels) == n
-    if not every and not (guessed and len(labels) > MANY_CLASSES and 2 * len(labels) >= n):
+    every, commas = 2 < len(labels) == n, _commas(text)
+    if not every and not (guessed and len(labels) > MANY_CLASSES and (commas or 2 * len(labels) >= n)):
         return
-    other = ", or --task regression if it is a quantity" if all(_is_number(label) for label in labels) else ""
+    other = ", or --task regression if it is a quantity" if commas or all(map(_is_number, labels)) else ""
     if labels[0].lower().endswith(_MASKS):
         other = ", or --head decoder if these are mask images"
     if not every:
@@ -259,7 +268,7 @@ def _check_repeated(labels: Sequence[str], text: pl.Series, head: str, *, guesse
     many = f"as many classes as samples ({n})" if every else f"{len(labels)} classes for {n} samples"
     raise InputError(
         f"{head}column {text.name!r} has {many}: {_some(labels)}. "
-        f"Ids and free text can't be learned: a class needs several samples. Give another --target{other}."
+        f"Ids and free text can't be learned: a class needs several samples. Give another --target{other}{commas}."
     )
 
 

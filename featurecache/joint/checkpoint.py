@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from featurecache.errors import RunError
+from featurecache.errors import InputError, RunError
 
 FOLDER = "checkpoint"
 STATE = "state.safetensors"
+PATTERN = f"*{FOLDER}/{STATE}"  # in a run that is written; while it is published the folder is hidden
 SCHEMA = 2
 
 
@@ -115,6 +117,32 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise RunError(
             f"{path}: not a checkpoint that can be read ({error}). Start again without --resume, with --overwrite."
         ) from None
+
+
+def refuse_unfinished(out: Path) -> None:
+    """See that no checkpoint gets lost to a training that begins afresh.
+
+    Raises:
+        InputError: there is one of an earlier attempt at the run `out`.
+    """
+    beside = out.with_name(f"{out.name}.tmp")
+    if not out.exists() and any(beside.glob(PATTERN)):  # what is there is refused by the writer
+        raise InputError(
+            f"{out}: an unfinished training is in {beside.name} beside it. Give --resume to go on from there, "
+            "--overwrite to begin afresh, or another name to --out."
+        )
+
+
+@contextmanager
+def telling_how(directory: Path, how: str) -> Iterator[None]:
+    """A note on an interrupt says how to go on from the checkpoint in `directory`, if there is one."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if any(directory.glob(PATTERN)):
+            told = f"What was learnt up to the last checkpoint is kept; the same command with {how} goes on from there."
+            interrupt.add_note(told)
+        raise
 
 
 def load_best(directory: Path, epoch: int) -> dict[str, torch.Tensor]:

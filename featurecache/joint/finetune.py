@@ -25,7 +25,7 @@ from featurecache.heads.losses import target_tensor
 from featurecache.joint.average import Average
 from featurecache.joint.build import make_groups, make_model, rebuilt
 from featurecache.joint.callbacks import Callback, Callbacks, HistoryFile, TensorBoard
-from featurecache.joint.checkpoint import FOLDER, Progress, State, load_state
+from featurecache.joint.checkpoint import FOLDER, Progress, State, load_state, refuse_unfinished, telling_how
 from featurecache.joint.finder import find_rate
 from featurecache.joint.kinds import loss_of, module_of, say, settings_of
 from featurecache.joint.loop import Loop
@@ -80,7 +80,8 @@ def finetune_joint(
         The run; its record lists `failed` samples, which are also in failures.csv.
 
     Raises:
-        InputError: the configuration, the manifest, the split or the run to start from is not valid.
+        InputError: the configuration, the manifest, the split or the run to start from is not valid, or an unfinished
+            training would be discarded.
         RunError: the run to start from, or the checkpoint to resume from, is damaged.
         FeatureCacheError: no image can be read, or the loss is not finite.
         LockedError: another process is writing this run.
@@ -91,6 +92,8 @@ def finetune_joint(
     device = resolve_device(config.device)
     fabric = make_fabric(device, resolve_precision(config.precision, device), together=True)
     processes = Processes(fabric)
+    if processes.rank == 0 and config.out is not None and not (config.resume or config.overwrite):
+        refuse_unfinished(config.out)
     finished = finished_run(config) if processes.rank == 0 else None
     if processes.same(finished is not None):
         reporter.note(f"{config.out}: finished already, nothing to resume")
@@ -103,7 +106,11 @@ def finetune_joint(
             training.run()
         processes.wait()
         return load_run(out)
-    with RunWriter(out, kind="joint", overwrite=config.overwrite, resume=config.resume) as writer:
+    how = "--resume" if config.out else f"--out {out} --resume"
+    with (
+        RunWriter(out, kind="joint", overwrite=config.overwrite, resume=config.resume) as writer,
+        telling_how(writer.path, how),
+    ):
         kept = writer.path / FINISHED
         if kept.is_dir():  # killed while publishing
             shutil.rmtree(writer.path / FOLDER, ignore_errors=True)

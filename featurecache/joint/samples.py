@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from featurecache.amounts import counted
 from featurecache.config import SplitConfig
-from featurecache.data.splits import check_leaks, make_splits, sample_groups
+from featurecache.data.everyone import taking_part
+from featurecache.data.splits import check_leaks, sample_groups
 from featurecache.errors import FeatureCacheError, InputError
 from featurecache.joint.images import Failure, SampleImages
 from featurecache.joint.start import Start
@@ -90,7 +91,7 @@ def choose_samples(start: Start, images: SampleImages, *, workers: int, reporter
     if failed:
         reporter.note(_what_failed(failed, kept, start.manifest.table["sample_id"].to_list()))
     keys = [content[row] for row in kept.tolist()]
-    splits, groups = _split(start, kept, keys)
+    splits, groups = _split(start, kept, content)
     return Samples(kept, splits, groups, images.present[kept], tuple(keys), tuple(failed))
 
 
@@ -115,17 +116,22 @@ def _what_failed(failed: list[Failure], kept: NDArray[np.int64], ids: list[str])
     return f"{counted(len(failed), 'image')} can't be read, taken as missing ({where}){lost}"
 
 
-def _split(start: Start, kept: NDArray[np.int64], content: list[tuple[str, ...]]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Split and group of the kept samples."""
+def _split(
+    start: Start, kept: NDArray[np.int64], content: Mapping[int, tuple[str, ...]]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Split and group of the kept samples; `content` by row of the manifest's table."""
     config = SplitConfig(**start.config.fields_of(SplitConfig))
     table = start.manifest.table[kept]
     groups = sample_groups(table, config.group)
     if start.splits is None:
         source = str(start.manifest.path)
-        return make_splits(table, start.target.subset(kept), config, content=content, source=source), groups
+        every = start.manifest.table
+        keys = [content.get(row) for row in range(every.height)]
+        return taking_part(every, start.target, config, kept, content=keys, source=source), groups
     splits = np.where(start.target.known[kept], start.splits[kept], "")
     # Images may have changed since the head's split was made.
-    check_leaks(table["sample_id"].to_list(), splits, groups, content, source=str(start.manifest.path))
+    keys = [content[row] for row in kept.tolist()]
+    check_leaks(table["sample_id"].to_list(), splits, groups, keys, source=str(start.manifest.path))
     return splits, groups
 
 

@@ -12,11 +12,8 @@ from types import FrameType
 
 PATIENCE = 10.0
 """Seconds that work has to commit what is complete, before another Ctrl-C ends the process there and then."""
-ENDING = (
-    "Ending: what is complete is being kept; run the same command again to go on. "
-    f"{PATIENCE:g} s after the first, another Ctrl-C ends it at once.\n"
-)
-ENDED = "Ended at once. What was committed is kept; run the same command again to go on.\n"
+ENDING = f"Ending: what is complete is being kept. {PATIENCE:g} s after the first, another Ctrl-C ends it at once.\n"
+ENDED = "Ended at once. What was committed is kept.\n"
 STATUS = 130  # of a process that ended so
 
 

@@ -26,6 +26,7 @@ manifest = "manifest.csv"                       # CSV or Parquet, a row per samp
 views = { front = "front", side = "side" }      # a name for each view, and the column that holds its paths
 target = ["label"]                              # what is to be predicted; several columns of 0 and 1: several findings
 group = "group"                                 # what must stay on one side of the split: the patient
+# id = "case"                                   # the column of the samples' names, if it is not sample_id
 # root = "images"                               # what paths start from, if that is not the manifest's folder
 # split = "split"                               # a column that holds train, valid and test
 # uncertain = { "-1" = "ignore" }               # what a label such as -1 means: ignore, zero or one

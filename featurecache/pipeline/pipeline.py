@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from featurecache.errors import FeatureCacheError
 from featurecache.heads.base import get_head
 from featurecache.pipeline.config import NOWHERE, RUNS, PipelineConfig, read_pipeline
 from featurecache.pipeline.makers import check_maker
@@ -47,7 +48,11 @@ class Pipeline(Layout):
             start = time.perf_counter()
             resume = self.state.begun(step.name, digest)
             self.state.begin(step.name, digest)
-            step.figures = STAGES[step.kind](self, step, resume)
+            try:
+                step.figures = STAGES[step.kind](self, step, resume)
+            except FeatureCacheError as error:
+                error.args = (f"{error}{self.kept()}",)
+                raise
             step.state = "done"
             if step.kind != "extract":
                 step.figures = {**step.figures, "seconds": round(time.perf_counter() - start, 1)}
@@ -56,9 +61,16 @@ class Pipeline(Layout):
             self.state.finish(step.name, digest, step.figures)
         return self.steps
 
+    def kept(self) -> str:
+        """Where the runs lie that were done before a stage failed, as a line below its error; empty without any."""
+        done = [str(self.folder / "runs" / step.name) for step in self.steps if step.kind in RUNS and step.figures]
+        return f"\nDone before, and kept: {', '.join(done)}. The same command goes on behind them." if done else ""
+
     def plan(self) -> list[Step]:
         """What `run` would do, without doing it: `state` and `why` of every step."""
         made = self.data_is_there()
+        if made:
+            self.prepare_data()
         changed: set[str] = set()
         for step in self.steps:
             first = next((name for name in step.needs if name in changed), None)

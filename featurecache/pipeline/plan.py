@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from featurecache.config import (
 )
 from featurecache.data.manifest import Manifest, read_manifest
 from featurecache.data.readers import PLUGIN
+from featurecache.errors import InputError
 from featurecache.features.masks import mask_cells
 from featurecache.pipeline.config import NOWHERE, RUNS, PipelineConfig
 from featurecache.pipeline.makers import check_maker, made_at, make
@@ -56,6 +58,12 @@ class Step:
     state: str = TO_RUN
     why: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+
+
+def as_keys(text: str) -> str:
+    """A message about the manifest with the options that it names, `--root DIR`, as the file's keys, `[data] root`."""
+    keys = {name.replace("_", "-"): name for name in ManifestConfig.model_fields} | {"view": "views"}
+    return re.sub(rf"--({'|'.join(keys)})(?![\w-])(?: [A-Z]+\b(?!=))?", lambda found: f"[data] {keys[found[1]]}", text)
 
 
 @dataclass
@@ -108,7 +116,11 @@ class Layout:
     @cached_property
     def manifest(self) -> Manifest:
         """The samples, as [data] says."""
-        return read_manifest(ManifestConfig.create(self.shared(ManifestConfig), source="[data]"))
+        try:
+            return read_manifest(ManifestConfig.create(self.shared(ManifestConfig), source="[data]"))
+        except InputError as error:
+            error.args = (as_keys(str(error)),)
+            raise
 
     # From a stage's table to the configuration of the stage
 

@@ -43,8 +43,10 @@ def lists(pipeline: Pipeline) -> Iterator[tuple[str, list[str]]]:
     for step in pipeline.steps:
         if conclusions := step.figures.get("conclusions"):
             yield step.name, list(conclusions)
-        if step.kind == "compare" and (noted := [row for row in step.figures["runs"] if row.get("note")]):
-            yield step.name, [f"{row['run']}: {row['note']}" for row in noted]
+        if step.kind == "compare":
+            noted = [f"{row['run']}: {row['note']}" for row in step.figures["runs"] if row.get("note")]
+            if noted := [*step.figures.get("notes", ()), *noted]:
+                yield step.name, noted
         if step.kind == "classify":
             yield f"{step.stage.body}: {step.name}", [seen(row) for row in step.figures["images"]]
 
@@ -87,13 +89,14 @@ def samples(pipeline: Pipeline) -> Iterator[Sample]:
     manifest, target = pipeline.manifest, pipeline.config.data.target
     count = 0
     for row, cells in manifest.cells.group_by("sample", maintain_order=True):
-        files = [Path(file) for file in cells.filter(pl.col("ordinal") == 0)["location"].drop_nulls().to_list()]
-        small = [file for file in files if file.suffix.lower() == ".png" and file.stat().st_size <= MOST_BYTES]
+        there = cells.filter((pl.col("ordinal") == 0) & pl.col("location").is_not_null())
+        files = [(view, Path(file)) for view, file in there.select("view", "location").iter_rows()]
+        small = [each for each in files if each[1].suffix.lower() == ".png" and each[1].stat().st_size <= MOST_BYTES]
         if not small or len(small) < len(files):
             continue
         table = manifest.table.row(int(str(row[0])), named=True)
         label = str(table.get(target[0], "")) if len(target) == 1 else ""
-        yield Sample(str(table["sample_id"]), label, tuple(png_uri(file) for file in small))
+        yield Sample(str(table["sample_id"]), label, tuple((view, png_uri(file)) for view, file in small))
         count += 1
         if count == MOST_SAMPLES:
             return

@@ -12,9 +12,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from featurecache.config import SplitConfig
-from featurecache.data.splits import fold_splits, make_splits, sample_groups
+from featurecache.data.splits import sample_groups
 from featurecache.data.targets import Target
 from featurecache.dataset import FeatureDataset
+from featurecache.division import divide, divide_folds
 from featurecache.errors import InputError
 from featurecache.evaluation.bootstrap import Repeat, Said, percentile_interval, repeated, repeated_replicates
 from featurecache.evaluation.metrics import compute_metrics
@@ -59,7 +60,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Ablation:
-    """All arms of all heads. `reference[head]`: the view that is better alone on validation."""
+    """All arms of all heads, over `samples` in `groups` that any division uses: those with a known target.
+
+    `reference[head]`: the view that is better alone on validation.
+    """
 
     metric: str
     samples: int
@@ -119,7 +123,7 @@ def ablate(
     if target is None:
         raise InputError("the dataset has no target: give target=COLUMN")
     metric = ranking_metric(target.task, metric)
-    divisions = list(_divisions(dataset, target, split, seeds, folds))
+    divisions = list(_divisions(dataset, split, seeds, folds))
     reporter = reporter or Silent()
     groups = sample_groups(dataset.table, split.group)
     arms: list[Arm] = []
@@ -143,8 +147,9 @@ def ablate(
         arms += rows
         conclusions.append(conclude(name, metric, rows, reference[name]))
     reporter.end("ablate")
+    used = np.unique(np.concatenate([rows for _, sides in divisions for rows in sides.values()]))
     return Ablation(
-        metric, len(dataset), len(np.unique(groups)), len(divisions), bootstrap, reference, tuple(arms),
+        metric, len(used), len(np.unique(groups[used])), len(divisions), bootstrap, reference, tuple(arms),
         tuple(conclusions),
     )  # fmt: skip
 
@@ -199,7 +204,7 @@ class _Study:
 
 
 def _divisions(
-    dataset: FeatureDataset, target: Target, split: SplitConfig, seeds: int, folds: int | None
+    dataset: FeatureDataset, split: SplitConfig, seeds: int, folds: int | None
 ) -> list[tuple[int, dict[str, NDArray[np.int64]]]]:
     """Seed and rows of each side, per division.
 
@@ -208,14 +213,12 @@ def _divisions(
     """
     source = dataset.binding.manifest_path
     if folds is not None:
-        columns = fold_splits(dataset.table, target, split, folds, content=dataset.content, source=source)
-        made = [(split.seed, column) for column in columns]
+        made = [(split.seed, column) for column in divide_folds(dataset, split, folds)]
     else:
         made = [
-            (seed, make_splits(dataset.table, target, split.model_copy(update={"seed": seed}),
-                               content=dataset.content, source=source))
+            (seed, divide(dataset, split.model_copy(update={"seed": seed})))
             for seed in range(split.seed, split.seed + max(1, seeds))
-        ]  # fmt: skip
+        ]
     found = []
     for seed, column in made:
         sides = {side: np.flatnonzero(column == side).astype(np.int64) for side in SIDES}

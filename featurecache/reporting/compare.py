@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featurecache.amounts import counted
 from featurecache.data.targets import Target
 from featurecache.errors import InputError
-from featurecache.evaluation.bootstrap import paired_differences
+from featurecache.evaluation.bootstrap import bootstrap_intervals, paired_differences
+from featurecache.evaluation.metrics import compute_metrics
 from featurecache.evaluation.verdict import goodness, ranking_metric, verdict
 from featurecache.run import Run
 from featurecache.rundir.predictions import Predictions
@@ -62,7 +65,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in the order of their rank; `n` test samples in `n_groups` groups."""
+    """Runs in the order of their rank; `n` test samples in `n_groups` groups, those that all runs have.
+
+    `notes` say so where a run has more of them.
+    """
 
     metric: str
     n: int
@@ -70,15 +76,37 @@ class Comparison:
     n_valid: int
     bootstrap: int
     runs: tuple[Compared, ...]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `write` puts them into a file."""
         return {**asdict(self), "runs": [asdict(row) for row in self.runs]}
 
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        on = f"{self.n:,} test samples in {self.n_groups:,} groups"
+        lines = [f"{self.metric} on {on}, ranked on {self.n_valid:,} validation samples"]
+        width = max(len(row.run) for row in self.runs)
+        for row in self.runs:
+            line = f"{row.rank:>3}  {row.run:<{width}}  valid {_number(row.valid)}  test {_number(row.test)}"
+            if row.test_low is not None and row.test_high is not None:
+                line += f" [{row.test_low:.3f}, {row.test_high:.3f}]"
+            if row.difference is not None:
+                line += f"  {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+            lines.append(f"{line}  {row.words}{f' ({row.note})' if row.note else ''}")
+        return [*lines, *(f"note      {note}" for note in self.notes)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def write(self, path: Path) -> None:
         """As JSON; the folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_json({"schema": 1, **self.to_json()}), encoding="utf-8")
+
+
+def _number(value: float | None) -> str:
+    return "    -" if value is None else f"{value:.3f}"
 
 
 def compare_runs(
@@ -87,7 +115,8 @@ def compare_runs(
     """Rank runs by a metric on their validation samples; differences on test to the one ranked first.
 
     The test samples decide nothing here: which run comes first is settled on validation, then told apart on test. A
-    calibration was fitted on those validation samples: a run whose metric it moves there is marked by a note.
+    calibration was fitted on those validation samples: a run whose metric it moves there is marked by a note. Where
+    some samples lack the views of a run, all are measured on those that every run has.
 
     Args:
         runs: two or more, of the same target and fitted with the same split.
@@ -97,8 +126,8 @@ def compare_runs(
         seed: of the resampling.
 
     Raises:
-        InputError: fewer than two runs, a cross-validation, other targets, other validation or test samples, or other
-            labels or groups for them.
+        InputError: fewer than two runs, a cross-validation, other targets, another split (what one is tested on,
+            another has learnt from), or other labels or groups for the same samples.
     """
     if len(runs) < 2:
         raise InputError("compare needs two runs or more")
@@ -112,9 +141,13 @@ def compare_runs(
                     "Only runs that predict the same can be compared."
                 )
     metric = ranking_metric(first.task, metric)
-    test = _aligned(runs, names, "test")
-    n_valid = len(_aligned(runs, names, "valid")[0].sample_ids)
-    valid = [run.metrics["valid"].get(metric) for run in runs]
+    _check_split(runs, names)
+    test, valid_parts = (_aligned(runs, names, split) for split in ("test", "valid"))
+    on_test, on_valid = (
+        [_figures(run, part, split, metric, draws, seed) for run, part in zip(runs, parts, strict=True)]
+        for split, parts, draws in (("test", test, n), ("valid", valid_parts, 0))
+    )
+    valid = [figures.get(metric) for figures in on_valid]
 
     def rank(index: int) -> tuple[bool, float, str]:
         value = valid[index]
@@ -126,7 +159,7 @@ def compare_runs(
     rows = []
     for place, index in enumerate(order):
         run = runs[index]
-        figures = run.metrics["test"]
+        figures = on_test[index]
         bounds = (figures.get("intervals") or {}).get(metric) or [None, None]
         found = None if index == best else _difference(runs, test, index, best, target, metric, n, seed)
         words = "the first" if index == best else "undefined" if found is None else verdict(metric, *found[1:])
@@ -150,7 +183,33 @@ def compare_runs(
                 note=CALIBRATED if _flattered(run, metric) else "",
             )
         )
-    return Comparison(metric, len(target), len(np.unique(test[best].groups)), n_valid, n, tuple(rows))
+    common = {words: _in_common(runs, names, split) for split, words in (("test", "test"), ("valid", "validation"))}
+    cut = [f"{held} for {words}" for words, held in common.items() if held]
+    return Comparison(
+        metric, len(target), len(np.unique(test[best].groups)), len(valid_parts[0].sample_ids), n, tuple(rows),
+        (f"not all runs have the same samples; measured on those in common: {', '.join(cut)}",) if cut else (),
+    )  # fmt: skip
+
+
+def _figures(run: Run, part: Predictions, split: str, metric: str, n: int, seed: int) -> Mapping[str, Any]:
+    """The run's own figures of a split, or those of the samples in common where they are fewer."""
+    own: Mapping[str, Any] = run.metrics[split]
+    if len(part.sample_ids) == own["n"]:
+        return own
+    target, cut = to_target(part), part.cut(run.threshold)
+    value = compute_metrics(target, part.scores, threshold=cut).get(metric)
+    draws = bootstrap_intervals(target, part.scores, part.groups, n=n, seed=seed, threshold=cut, metrics=[metric])
+    return {metric: value, "intervals": draws if n else {}}
+
+
+def _in_common(runs: Sequence[Run], names: Sequence[str], split: str) -> str:
+    """How many samples of a split all runs have, and each of them, where these differ; else empty."""
+    held = [set(run.arrays.of(split).sample_ids.tolist()) for run in runs]
+    common = set.intersection(*held)
+    if all(ids == common for ids in held):
+        return ""
+    each = ", ".join(f"{name} {len(ids):,}" for name, ids in zip(names, held, strict=True))
+    return f"{len(common):,} ({each})"
 
 
 def _flattered(run: Run, metric: str) -> bool:
@@ -180,25 +239,55 @@ def _difference(
     return None if found is None else (found["difference"], found["low"], found["high"])
 
 
+def _check_split(runs: Sequence[Run], names: Sequence[str]) -> None:
+    """Refuse runs of which one is measured on what another has learnt from.
+
+    Raises:
+        InputError: says how many samples, or groups, of which run.
+    """
+    for run, name in zip(runs, names, strict=True):
+        if run.record.get("cv"):
+            raise InputError(f"{name}: a cross-validation keeps no valid samples; compare runs fitted without --cv")
+    for one, other in combinations(range(len(runs)), 2):
+        for what in ("sample", "group"):
+            mine, theirs = (_sides(runs[index], what) for index in (other, one))
+            for split, seen in (("test", ("train", "valid")), ("valid", ("train",))):
+                odd = {key for key, side in mine.items() if side == split and theirs.get(key) in seen}
+                back = {key for key, side in theirs.items() if side == split and mine.get(key) in seen}
+                if odd or back:
+                    did = "trained" if split == "valid" else "trained or validated"
+                    own, its = (counted(list(s.values()).count(split), f"{split} {what}") for s in (mine, theirs))
+                    raise InputError(
+                        f"{names[other]}: of its {own}, {names[one]} {did} on {len(odd):,}; of the {its} of "
+                        f"{names[one]}, it did on {len(back):,}: {_some(sorted(odd or back))}. "
+                        "Fit the runs with the same --split, --group and --seed."
+                    )
+
+
+def _sides(run: Run, what: str) -> dict[str, str]:
+    """The side that each sample, or group, is on; those that are not used are left out."""
+    said = run.arrays
+    used = said.splits != ""
+    keys = said.sample_ids if what == "sample" else said.groups
+    return dict(zip(keys[used].tolist(), said.splits[used].tolist(), strict=True))
+
+
 def _aligned(runs: Sequence[Run], names: Sequence[str], split: str) -> list[Predictions]:
-    """The predictions of one split of all runs, in the same order of samples."""
+    """The predictions of one split of all runs, for the samples that all have, in the same order."""
     parts = [run.arrays.of(split) for run in runs]
-    for run, part, name in zip(runs, parts, names, strict=True):
-        if not len(part.sample_ids) and run.record.get("cv"):
-            raise InputError(f"{name}: a cross-validation keeps no {split} samples; compare runs fitted without --cv")
+    for part, name in zip(parts, names, strict=True):
         if not len(part.sample_ids):
             why = "validation ranks them" if split == "valid" else "test tells them apart"
             raise InputError(f"{name}: has no {split} samples with a known target; {why}")
-    first = parts[0]
+    common = set.intersection(*(set(part.sample_ids.tolist()) for part in parts))
+    if not common:
+        raise InputError(
+            f"{', '.join(names)}: no {split} sample is in all of them, so there is nothing to compare them on. "
+            "Fit the runs on the same samples."
+        )
+    first = parts[0].take(np.flatnonzero([sample in common for sample in parts[0].sample_ids.tolist()]))
     found = [first]
     for part, name in zip(parts[1:], names[1:], strict=True):
-        mine, theirs = set(part.sample_ids.tolist()), set(first.sample_ids.tolist())
-        if mine != theirs:
-            odd = sorted(mine ^ theirs)
-            raise InputError(
-                f"{name}: {len(odd):,} of its {split} samples are not those of {names[0]}: {_some(odd)}. "
-                "Fit the runs with the same --split, --group and --seed, and the same --missing."
-            )
         place = {sample: row for row, sample in enumerate(part.sample_ids.tolist())}
         part = part.take(np.array([place[sample] for sample in first.sample_ids.tolist()], dtype=np.int64))
         other = ~_same(first.true, part.true)

@@ -9,7 +9,7 @@ import polars as pl
 
 from featurecache.reporting import drawn
 from featurecache.reporting.material import Material
-from featurecache.reporting.measured import learning
+from featurecache.reporting.measured import kept_epoch, learning
 from featurecache.reporting.wording import CALIBRATIONS, metric_name, number
 
 ARMS = {
@@ -128,7 +128,7 @@ def training(material: Material) -> dict[str, Any] | None:
         plots.append(drawn.trials_plot(trials, str(record["tuning"]["metric"])))
     return {
         "settings": ", ".join(f"{name} {_plain(value)}" for name, value in settings.items()),
-        "kept": _kept(record.get("best_epoch")),
+        "kept": _kept(material),
         "weights": weights or "none: every sample counts the same",
         "calibration": f"{said}, fitted on validation samples only" if said else "none: probabilities as the head says",
         "seconds": record.get("seconds_fit"),
@@ -137,10 +137,13 @@ def training(material: Material) -> dict[str, Any] | None:
     }
 
 
-def _kept(epoch: int | None) -> str:
-    """Whose weights a joint run kept; empty where that is not known."""
-    if epoch is None or epoch < 0:
+def _kept(material: Material) -> str:
+    """Whose weights were kept; empty where that is not known, or there is no such choice."""
+    epoch, history = kept_epoch(material), material.table("history.csv")
+    if epoch is None:
         return ""
+    if "round" in history.columns:
+        return f"the first {epoch:,} of {history.height:,} rounds, with the lowest validation loss"
     return f"those of epoch {epoch}, with the lowest validation loss" if epoch else "those of the start"
 
 

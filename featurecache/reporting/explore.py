@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featurecache.amounts import counted
+from featurecache.amounts import counted, human_bytes
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
 from featurecache.reporting.embedding import alike_pairs, neighbours
@@ -57,6 +57,23 @@ class Explored:
     variance: float
     notes: list[str] = field(default_factory=list)
     parquet: Path | None = None
+
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        lines = [f"page      {self.path}: {self.points:,} of {counted(self.samples, 'sample')}{_size(self.path)}"]
+        if self.pictures:
+            lines.append(f"pictures  {self.pictures:,}, up to {self.picture_pixels} px")
+        lines.append(f"found     {self.duplicates:,} near-duplicate pairs, {self.suspects:,} likely label errors")
+        if self.parquet is not None:
+            lines.append(f"table     {self.parquet}{_size(self.parquet)}")
+        return [*lines, *(f"note      {note}" for note in self.notes)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def _size(path: Path) -> str:
+    return f" ({human_bytes(path.stat().st_size)})" if path.is_file() else ""
 
 
 def explore(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 256  # pixels of a view's shorter panel side
 GAP, LINE, SIZE = 12, 22, 15
+FONT = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # Pillow's own knows no more than English
 INK, PAPER, FAINT = (22, 25, 29), (255, 255, 255), (110, 118, 128)
 # Anchors of matplotlib's `inferno` (CC0), which rises in brightness all the way, also for the colour-blind.
 INFERNO = np.array(
@@ -86,7 +88,7 @@ def draw_panels(
         columns.append((name, scaled))
     tall = max(sum(image.height + GAP for image in images) for _, images in columns)
     lines = [line for line in (title, subtitle) if line]
-    font = ImageFont.load_default(size=SIZE)
+    font = ImageFont.truetype(FONT, SIZE)
     wide = max(len(columns) * (side + GAP) + GAP, 2 * GAP + round(max(font.getlength(line) for line in lines)))
     sheet = Image.new("RGB", (wide, GAP + LINE * len(lines) + tall + LINE), PAPER)
     pen = ImageDraw.Draw(sheet)

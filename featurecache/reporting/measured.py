@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from featurecache.reporting import drawn, plots
 from featurecache.reporting.material import SPLITS, Material
+from featurecache.reporting.panels import class_panels
 from featurecache.reporting.wording import HEADLINE, RULES, chosen_on, metric_name, number, percent, split_name
 from featurecache.rundir.predictions import Predictions
 
@@ -208,6 +209,7 @@ def curves(material: Material) -> dict[str, Any] | None:
     part, name = material.part, material.split_name
     if part.task == "dense":
         return None
+    each: list[tuple[str, list[plots.Plot]]] = []
     if part.task == "regression":
         made: list[plots.Plot | None] = [*plots.regression_plots(part, name)]
     else:
@@ -218,10 +220,11 @@ def curves(material: Material) -> dict[str, Any] | None:
             drawn.roc_plot(part, name, asked),
             drawn.pr_plot(part, name, asked),
             drawn.calibration_plot(reliability, part.task, name) if reliability else None,
-            drawn.benefit_plot(asked, name),
+            drawn.benefit_plot(asked, name) if part.task != "multiclass" else None,
         ]
+        each = class_panels(part, name, asked) if part.task == "multiclass" else []
     found = [plot for plot in made if plot is not None]
-    return {"plots": found} if found else None
+    return {"plots": found, "each": each} if found else None
 
 
 def subgroups(material: Material) -> dict[str, Any] | None:
@@ -230,7 +233,7 @@ def subgroups(material: Material) -> dict[str, Any] | None:
     for name, record, figures in _evaluations(material):
         by = figures.get("by")
         if by:
-            tables.append(_subgroup_table(material, name, by))
+            tables.append({**_subgroup_table(material, name, by), "of": record.get("manifest") or ""})
         if material.evaluation is None:
             test = figures.get("test", {})
             headline = [key for key in HEADLINE[str(material.record["task"])] if test.get(key) is not None][:3]
@@ -290,6 +293,7 @@ def _subgroup_table(material: Material, name: str, by: Mapping[str, Any]) -> dic
         "events": any(row["events"] for row in rows),
         "small": any(row["small"] for row in rows),
         "labels": material.record["task"] == "multilabel",
+        "decided": material.record["task"] in ("binary", "multilabel"),
     }
 
 
@@ -299,4 +303,18 @@ def learning(material: Material) -> list[plots.Plot]:
     if table.is_empty() or "fold" in table.columns or material.evaluation is not None:
         return []
     numeric = table.select(pl.selectors.numeric())
-    return plots.learning_plots({name: plots.series(numeric[name].to_list()) for name in numeric.columns})
+    columns = {name: plots.series(numeric[name].to_list()) for name in numeric.columns}
+    return plots.learning_plots(columns, kept_epoch(material))
+
+
+def kept_epoch(material: Material) -> int | None:
+    """The epoch or round of the history that validation chose; None where it did not, or that is not known."""
+    if material.record["kind"] == "joint":
+        epoch = material.record.get("best_epoch")
+    else:
+        table = material.table("history.csv")
+        if "fold" in table.columns or "valid_loss" not in table.columns or not table["valid_loss"].count():
+            return None
+        fitted = material.json("head.json").get("fitted") or {}
+        epoch = fitted.get("epoch", fitted.get("rounds"))
+    return epoch if isinstance(epoch, int) and epoch >= 0 else None

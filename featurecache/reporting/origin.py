@@ -72,8 +72,11 @@ def samples(material: Material) -> dict[str, Any] | None:
         name = material.split_name if material.evaluation is not None else split_name(record, split)
         groups = len(np.unique(part.groups))
         rows.append({"split": name, "n": n, "groups": groups, "targets": target_counts(part), "views": complete})
-    flow = (record.get("flow") or {}) if material.evaluation is None else {}
-    used = {split_name(record, side): count for side, count in (flow.get("used") or {}).items()}
+    flow = (record if material.evaluation is None else material.evaluation).get("flow") or {}
+    used = {
+        split_name(record, side) if material.evaluation is None else material.split_name: count
+        for side, count in (flow.get("used") or {}).items()
+    }
     return {"rows": rows, "flow": flow, "used": used, "left_out": [] if flow else left_out(material)}
 
 
@@ -180,4 +183,5 @@ def again(material: Material) -> dict[str, Any] | None:
         for name in ("head", "config", "recipes", "bodies", "split")
         if record.get(name)
     }
-    return {"details": details, "evaluated": material.evaluation is not None}
+    measured = str((material.evaluation or {}).get("command") or "")
+    return {"details": details, "evaluated": material.evaluation is not None, "measured": measured}

@@ -47,11 +47,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample to look at: its images as data URIs, one a view."""
+    """One sample to look at: (view, image as data URI) of every view that it has."""
 
     name: str
     target: str
-    images: tuple[str, ...]
+    images: tuple[tuple[str, str], ...]
 
 
 def png_uri(path: Path) -> str:

@@ -116,17 +116,20 @@ def unit_square(axes: Axes, x: str, y: str) -> None:
     axes.set_yticks(np.linspace(0, 1, 6))
 
 
-def learning_plots(columns: dict[str, NDArray[np.float64]]) -> list[Plot]:
+def learning_plots(columns: dict[str, NDArray[np.float64]], kept: int | None = None) -> list[Plot]:
     """Learning curves: losses in one figure, other figures between 0 and 1 in a second.
 
     Args:
         columns: numeric columns of history.csv; the x axis is `epoch`, `round` or `iteration`, else the row number.
+        kept: where on that axis the weights come from that were kept; marked, where it is known.
     """
     axis = next((name for name in ("epoch", "round", "iteration", "step") if name in columns), "")
     n = max((len(values) for values in columns.values()), default=0)
     if n < 2:
         return []
     x = columns[axis] if axis else np.arange(1.0, n + 1)
+    place = np.flatnonzero(x == kept) if axis and kept is not None else np.empty(0, np.int64)
+    note = f"The dashed line: {axis} {kept}, which was kept." if len(place) else ""
     names = [name for name in columns if name != axis and np.isfinite(columns[name]).sum() > 1]
     losses = [name for name in names if re.search(r"loss|error|rmse|deviance|mae", name)]
     rest = [name for name in names if name not in losses and not re.search(r"lr|time|seconds|rate$|phase|norm", name)]
@@ -140,12 +143,15 @@ def learning_plots(columns: dict[str, NDArray[np.float64]]) -> list[Plot]:
             legend = []
             for number, name in enumerate(chosen):
                 line(axes, x, columns[name], number, marker="o" if n < 12 else "", markersize=3)
-                last = columns[name][np.isfinite(columns[name])][-1]
-                legend.append(Entry(number + 1, name.replace("_", " "), f"{last:.3g} at the end", dashed=number >= 4))
+                known, there = columns[name][np.isfinite(columns[name])], columns[name][place]
+                said = f"{there[0]:.3g} kept" if np.isfinite(there).any() else f"{known[-1]:.3g} at the end"
+                legend.append(Entry(number + 1, name.replace("_", " "), said, dashed=number >= 4))
+            if len(place):
+                axes.axvline(float(x[place[0]]), color=FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
             axes.set(xlabel=axis or "row", ylabel="loss" if title == "Learning curve" else "")
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(nbins=8, integer=True))
             alt = f"{title} over {n} rows of the history: " + ", ".join(f"{e.label} {e.value}" for e in legend)
-            plots.append(Plot(title, to_svg(figure, alt, "learning" + str(len(plots))), "", tuple(legend)))
+            plots.append(Plot(title, to_svg(figure, alt, "learning" + str(len(plots))), note, tuple(legend)))
     return plots
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,7 +95,11 @@ class Pictures:
         self._readers: dict[str, Reader] = {}
         self._preprocessing: dict[str, Preprocessing] = {}
         if not Path(binding.manifest_path).exists():
-            self.notes.append("No pictures: the manifest is no longer where it was.")
+            name = Path(binding.manifest_path).name
+            self.notes.append(
+                f"No pictures: {name} is no longer where it was. Run featurecache extract with it where it is now, "
+                f"with --name {shlex.quote(binding.name)}: nothing that is there is computed again."
+            )
             return
         config = ManifestConfig.create({**binding.config["manifest"], "manifest": binding.manifest_path})
         manifest = read_manifest(config, images=False)

@@ -150,7 +150,11 @@ def dataset_record(dataset: FeatureDataset, divide: SplitConfig) -> dict[str, An
         "targets": list(target.names),
         "views": list(dataset.views),
         "recipes": recorded_recipes(dataset),
-        "binding": {"dataset": dataset.binding.name, "digest": dataset.binding.digest},
+        "binding": {
+            "dataset": dataset.binding.name,
+            "digest": dataset.binding.digest,
+            "manifest_digest": dataset.binding.manifest_digest,
+        },
         "split": {**divide.model_dump(mode="json"), "group": group_column(dataset.table, divide.group)},
         "tap": {view: [b.tap for b in dataset.blocks if b.view == view] for view in dataset.views},
         "body_config": body_options(dataset),

@@ -227,18 +227,21 @@ def fold_metrics(predictions: Predictions, threshold: Mapping[str, Any]) -> dict
 def curves_of(predictions: Predictions, threshold: Mapping[str, Any], *, bootstrap: int, seed: int) -> dict[str, Any]:
     """curves.json: what the figures of a report are drawn from beside predictions.csv, on the split that counts.
 
-    Per yes-or-no question (the first few) the bands of its ROC and precision-recall curves, its net benefit, and where
-    on the curves the decisions lie. Besides the bins of the reliability diagram, None without probabilities.
+    Per yes-or-no question (the first few; each of a few classes against the rest) the bands of its ROC and
+    precision-recall curves, its net benefit, and where on the curves the decisions lie. Besides the bins of the
+    reliability diagram, None without probabilities.
     """
     split = next((name for name in reversed(SPLITS) if len(predictions.of(name).sample_ids)), "")
     part = predictions.of(split)
     said = part.decisions(part.cut(threshold))
-    questions = part.questions()[:MOST_CURVES] if predictions.task != "multiclass" else []
+    several = predictions.task == "multiclass"
+    questions = part.questions()[: MOST_CURVES if not several or len(part.classes) <= MOST_CURVES else 0]
+    draws = min(bootstrap, BANDS // 2 if several else BANDS)
     made = [
         {
             "label": label,
-            **curve_data(positive, part.scores[rows, column], part.groups[rows], n=min(bootstrap, BANDS), seed=seed),
-            "decided": _decided(said[rows] if part.classes else said[rows, column], positive),
+            **curve_data(positive, part.scores[rows, column], part.groups[rows], n=draws, seed=seed),
+            "decided": _decided(said[rows] == column if part.classes else said[rows, column] > 0.5, positive),
         }
         for label, column, rows, positive in questions
     ]
@@ -249,9 +252,8 @@ def curves_of(predictions: Predictions, threshold: Mapping[str, Any], *, bootstr
     return result
 
 
-def _decided(said: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, float | None]:
-    """Where on the curves the decisions (n,) of 0 and 1 lie."""
-    called = said > 0.5
+def _decided(called: NDArray[np.bool_], positive: NDArray[np.bool_]) -> dict[str, float | None]:
+    """Where on the curves the decisions (n,) lie."""
     return {
         "fpr": float(called[~positive].mean()),
         "sensitivity": float(called[positive].mean()),

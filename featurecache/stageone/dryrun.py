@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featurecache.config import ExtractConfig
 from featurecache.data.manifest import Manifest, read_manifest, with_readers
@@ -40,12 +41,16 @@ RETRY = "--retry-failed tries again"
 
 @dataclass
 class ViewPlan:
-    """What would happen to one view; `reasons` tells of all images that are not reused, the failing ones too."""
+    """What would happen to one view; `reasons` tells of all images that are not reused, the failing ones too.
+
+    Of those that are `reused`, `equal` ones have no row yet, but the content of another image that would be computed.
+    """
 
     view: str
     engine: str
     images: int = 0
     reused: int = 0
+    equal: int = 0
     failed: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -89,8 +94,9 @@ class Plan:
         lines = [f"dataset   {self.dataset}: {self.samples:,} samples"]
         for plan in self.views:
             failing = f", failing {plan.failed:,}" if plan.failed else ""
-            counts = f"reused {plan.reused:,}, to compute {plan.to_compute:,}{failing}"
-            lines.append(f"view      {plan.view}: {counts} ({plan.engine})")
+            equal = f" ({plan.equal:,} equal to another of this table)" if plan.equal else ""
+            counts = f"reused {plan.reused:,}{equal}, to compute {plan.to_compute:,}{failing}"
+            lines.append(f"view      {plan.view}: {counts}; {plan.engine}")
             lines += [f"            {count:,} {reason}" for reason, count in plan.reasons.most_common()]
         if self.replicas:
             lines.append(f"replicas  {self.replicas} of each image: to compute {self.replicas_to_compute:,}")
@@ -114,6 +120,8 @@ def plan_extract(config: ExtractConfig, reporter: Reporter | None = None) -> Pla
     reporter = reporter or Silent()
     check_options(config)
     manifest = read_manifest(config)
+    for note in manifest.notes:
+        reporter.note(note)
     config = with_readers(config, manifest)
     name = config.name or manifest.path.stem
     setups = set_up_views(config, manifest.views)
@@ -121,7 +129,7 @@ def plan_extract(config: ExtractConfig, reporter: Reporter | None = None) -> Pla
         return assemble(name, manifest, plan_jobs(config, manifest, setups, None), None, None, config, reporter)
     with FeatureStore.create_or_open(config.store, write=False) as store:
         previous = store.binding(name) if name in store.bindings() else None
-        check_replaced(previous, manifest, name, replace=config.replace)
+        check_replaced(previous, manifest, name, replace=config.replace, reporter=reporter)
         with_earlier_views(config, previous, manifest)
         jobs = plan_jobs(config, manifest, setups, store)
         return assemble(name, manifest, jobs, store, previous, config, reporter)
@@ -143,14 +151,17 @@ def assemble(
     size = drawn = 0
     for job in jobs:
         failing = hash_cells(job, reporter)
+        held = np.zeros(len(job.cells), np.bool_) if store is None else stored(job, store)
         before = remembered_failures(job, store) if store is not None else {}
         again = {int(job.cells.indices[place]) for place, _ in job.keys.places_of(list(before))}
         if not config.retry_failed:
             failing |= dict.fromkeys(again, f"failed before ({RETRY})")
-        reasons = dict.fromkeys(again, "failed before") | why(job, manifest, store, previous, failing.keys() | again)
+        reasons = dict.fromkeys(again, "failed before") | why(
+            job, manifest, store, previous, failing.keys() | again, held
+        )
         indices = job.cells.indices.tolist()
         keys |= {index: key for index, key in zip(indices, job.keys.to_list(), strict=True) if key is not None}
-        for index in indices:
+        for index, has_row in zip(indices, held.tolist(), strict=True):
             plan = plans[views[index]]
             plan.images += 1
             if index in failing:
@@ -160,13 +171,14 @@ def assemble(
                 plan.reasons[reasons[index]] += 1
             else:
                 plan.reused += 1
+                plan.equal += not has_row
         new = {keys[index] for index in reasons.keys() - failing.keys()}  # equal contents are one row
         size += bytes_to_write(job, config, job.recipe, job.info, len(new))
         if config.replicas:
             more = replicas_to_compute(job, store, config)
             recipe = replica_number(0, config, job).recipe(job.recipe)
-            held = [] if store is None else [info for info in store.find(recipe) if info.recipe == recipe]
-            size += bytes_to_write(job, config, recipe, held[0] if held else None, more)
+            same = [] if store is None else [info for info in store.find(recipe) if info.recipe == recipe]
+            size += bytes_to_write(job, config, recipe, same[0] if same else None, more)
             drawn += more
     duplicates = duplicates_across_splits(manifest, keys)
     return Plan(name, manifest.table.height, list(plans.values()), duplicates, config.replicas, drawn, size)
@@ -185,12 +197,19 @@ def replicas_to_compute(job: Job, store: FeatureStore | None, config: ExtractCon
 
 
 def why(
-    job: Job, manifest: Manifest, store: FeatureStore | None, previous: Binding | None, told: Set[int]
+    job: Job,
+    manifest: Manifest,
+    store: FeatureStore | None,
+    previous: Binding | None,
+    told: Set[int],
+    held: NDArray[np.bool_],
 ) -> dict[int, str]:
-    """For each cell that would be computed, the reason: {cell index: reason}; cells in `told` have theirs already."""
+    """For each cell that would be computed, the reason: {cell index: reason}.
+
+    Cells in `told` have theirs already; those of `held` (one a cell of the job) have a row.
+    """
     places = [job.cells.place(index) for index in job.todo.indices.tolist() if index not in told]
     pending, keys = job.cells.indices[places].tolist(), [job.keys.values[place].tobytes() for place in places]
-    held = np.zeros(len(job.cells), np.bool_) if store is None else stored(job, store)
     changed = recipe_changes(job, store, previous)
     earlier = earlier_keys(previous)
     cells = manifest.cells.select("sample", "view", "ordinal").rows()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from featurecache.amounts import counted, human_bytes
 from featurecache.bodies.engines import Engine, choose_batch_size, make_engine
 from featurecache.config import ExtractConfig
 from featurecache.data.preprocessing import stack
@@ -70,7 +71,8 @@ class Extraction:
         new = max(0, images - moved)
         needed = bytes_to_write(job, self.config, job.recipe, job.info, new)
         free = shutil.disk_usage(self.config.store).free
-        self.reporter.note(f"{self.task}: {images:,} images to do, about {needed / 1e6:,.1f} MB of features to write")
+        most = human_bytes(images * job.row_bytes)
+        self.reporter.note(f"{self.task}: {counted(images, 'image')} to do, at most {most} of features")
         if needed > free:
             raise StoreError(
                 f"{new:,} images at {job.row_bytes:,} bytes need {needed / 1e9:,.2f} GB in whole chunks, but "
@@ -293,6 +295,6 @@ class Extraction:
         if self.committer is not None:
             job.info = self.store.recipe(job.recipe.id)
             job.computed = job.info.rows - before.rows
-            self.bytes_written = job.info.bytes - before.bytes
+            self.bytes_written = job.computed * job.row_bytes  # not of files: a chunk has its full size from the start
         job.settle(self.store)
         give_back()  # and binding the cells after that

@@ -17,6 +17,7 @@ from featurecache.config import AUTO, ExtractConfig, ManifestConfig, for_view
 from featurecache.data.manifest import Manifest
 from featurecache.errors import InputError
 from featurecache.machine import scouts
+from featurecache.progress import Reporter
 from featurecache.stageone.keys import Cell, Cells, Keys, last_keys, present_cells
 from featurecache.stageone.keys import unchanged as unchanged_keys
 from featurecache.stageone.replicas import Replica, augmentation
@@ -262,17 +263,28 @@ def remembered_failures(job: Job, store: FeatureStore) -> dict[bytes, str]:
     return {key: message for key, (reader, message) in found if reader == job.reader_id}
 
 
-def check_replaced(previous: Binding | None, manifest: Manifest, name: str, *, replace: bool) -> None:
-    """Refuse to give a dataset's name to another manifest unless told to.
+def check_replaced(
+    previous: Binding | None, manifest: Manifest, name: str, *, replace: bool, reporter: Reporter
+) -> None:
+    """Refuse to give a dataset's name to another manifest unless told to; follow one that was moved, and say so.
+
+    Moved is a file of the same bytes, or whatever has come while nothing is at the old place any more.
 
     Raises:
-        InputError: the name is taken by a manifest at another path.
+        InputError: the name is taken by another manifest at another path.
     """
-    if previous is not None and not replace and previous.manifest_path != str(manifest.path):
-        raise InputError(
-            f"dataset {name!r} in this store was made from {previous.manifest_path}, not from {manifest.path}. "
-            "Give another --name, or --replace if the new manifest takes its place."
-        )
+    if previous is None or replace or previous.manifest_path == str(manifest.path):
+        return
+    gone = not Path(previous.manifest_path).exists()
+    if gone or (manifest.path.is_file() and manifest.digest == previous.manifest_digest):
+        why = "which is gone" if gone else "a file of the same content"
+        before = f"dataset {name!r} was made from {previous.manifest_path}, {why}"
+        reporter.note(f"{before}; {manifest.path} takes its place")
+        return
+    raise InputError(
+        f"dataset {name!r} in this store was made from {previous.manifest_path}, not from {manifest.path}. "
+        "Give another --name, or --replace if the new manifest takes its place."
+    )
 
 
 def with_earlier_views(config: ExtractConfig, previous: Binding | None, manifest: Manifest) -> ExtractConfig:

@@ -83,6 +83,17 @@ def keep_earlier(
     return cells, {**kept, **recipes}
 
 
+def moved_views(now: Binding, before: Binding | None) -> list[str]:
+    """What to say of views that take other features than before: a head that is fitted next learns from these."""
+    held = before.recipes if before is not None else {}
+    return [
+        f"dataset {now.name}: view {view} now takes recipe {recipe} (before: {old}, whose rows stay; fit-head --recipe "
+        f"{view}={old} takes them)"
+        for view, recipe in now.recipes.items()
+        if (old := held.get(view, recipe)) != recipe
+    ]
+
+
 def binding_config(config: ExtractConfig, jobs: list[Job], previous: Binding | None, held: Set[str]) -> dict[str, Any]:
     """How the manifest is read, and per view the options of its body: enough to do the same to new samples.
 

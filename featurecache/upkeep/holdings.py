@@ -121,7 +121,7 @@ class Holdings:
         for recipe in self.recipes:
             taps = ", ".join(f"{name} {tap.shape} {tap.dtype}" for name, tap in recipe.taps.items())
             rows = counted(recipe.rows, "row") + (" of replicas" if recipe.replicas else "")
-            failed = f", {recipe.failures:,} failed" if recipe.failures else ""
+            failed = f", {counted(recipe.failures, 'content')} failed" if recipe.failures else ""
             made = f"{recipe.body}, {recipe.engine} {recipe.precision}"
             lines.append(f"recipe    {recipe.id}: {rows}{failed}, {made}, {taps}")
         for dataset in self.datasets:

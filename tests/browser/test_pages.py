@@ -1,7 +1,10 @@
+import io
+
 import numpy as np
 import polars as pl
 import pytest
 from explore_kit import EVIL, EVIL_ID
+from PIL import Image
 from stage_two import command
 
 from featurecache.reporting.explore import render
@@ -77,6 +80,59 @@ def test_no_table_is_cut_on_paper(visit, home):
             assert opened.page.evaluate(wider), "on a screen they scroll"
             opened.page.emulate_media(media="print")
             assert opened.page.evaluate(wider) == []
+    words[3] = "kind"
+    assert command("fit-head", home / "cache", *words, "--out", home / "runs/kinds").status == 0
+    with visit(home / "runs/kinds/report.html") as opened:
+        assert opened.page.evaluate(wider) == [], "the figures of several classes have a desktop's width"
+
+
+def test_a_table_that_goes_on_sideways_is_shaded_there(visit, home):
+    with visit(home / "runs/cv/report.html", 390, 844, touch=True) as opened:
+        table = opened.page.get_by_role("region", name="Views and recipes")
+        assert table.evaluate("(table) => table.scrollWidth > table.clientWidth + 40")
+
+        def shades():
+            image = np.asarray(Image.open(io.BytesIO(table.screenshot())).convert("L"), float)
+            return np.median(image[:, 0]), np.median(image[:, -1])
+
+        left, right = shades()
+        assert right < left - 15
+        table.evaluate("(table) => table.scrollTo(table.scrollWidth, 0)")
+        settled(opened.page)
+        left, right = shades()
+        assert left < right - 15
+
+
+def test_the_map_on_paper(visit, home):
+    with visit(home / "explore.html", 703, 1000) as opened:
+        page = opened.page
+        page.emulate_media(media="print")
+        for gone in ("#card", "#chosen", ".bar"):
+            assert page.locator(gone).is_hidden(), gone
+        assert page.locator("#pairs tbody th button").first.is_visible(), "the ids of samples"
+        dots = page.locator("#legend .dot")
+        assert dots.first.is_visible()
+        assert dots.first.evaluate("(dot) => getComputedStyle(dot).printColorAdjust") == "exact"
+        page.emulate_media(media="screen")
+        page.fill("#find", "s005")
+        page.click("#card > button")
+        page.emulate_media(media="print")
+        assert page.locator("#card h2").is_visible()
+        assert page.locator("#list").is_visible()
+        assert page.locator("#card > button").is_hidden()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_unknown_can_be_seen(visit, home, dark):
+    with visit(home / "explore.html", dark=dark) as opened:
+        found = opened.page.evaluate(
+            """() => ["--unknown", "--card"].map((name) => {
+              const colour = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+              return [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+            })"""
+        )
+        light = [0.05 + np.dot((0.2126, 0.7152, 0.0722), (np.array(each) / 255) ** 2.2) for each in found]
+        assert max(light) / min(light) >= 3, "contrast of what is no text, WCAG 1.4.11"
 
 
 def test_hover_shows_both_views_and_html_as_text(visit, home):

@@ -17,9 +17,9 @@ from stage_two import (
     write_table,
 )
 
+from featurecache.amounts import metric_line
 from featurecache.api import load_run
 from featurecache.calls import flat_metrics
-from featurecache.cli.heads import metric_line
 from featurecache.dataset import FeatureDataset
 
 
@@ -110,6 +110,24 @@ def test_one_is_one(tmp_path):
     done = command(*words, "--missing", "drop", "--out", tmp_path / "run")
     assert "missing   view b of 1 sample: the image" in done.out
     assert "left out  1 sample without the views" in done.out
+
+
+@pytest.mark.parametrize("head", ["fc", "xgboost", "logistic"])
+def test_what_was_kept_and_what_has_no_label_is_said(tmp_path, head):
+    rows = samples(60, missing=0)
+    rows[5]["label"] = rows[7]["label"] = ""
+    store = write_store(tmp_path, rows=rows)
+    words = ["fit-head", store, "--dataset", "m", "--target", "label", "--head", head, "--bootstrap", 0]
+    done = command(*words, *FAST[head], "--out", tmp_path / "run")
+    assert "left out  2 samples without a known label" in done.out
+    lines = [line for line in done.out.splitlines() if line.startswith("kept ")]
+    history = load_run(tmp_path / "run").history
+    if head == "logistic":
+        assert lines == []
+        return
+    unit = {"fc": "epoch", "xgboost": "round"}[head]
+    best = history.sort("valid_loss", maintain_order=True).row(0, named=True)
+    assert lines == [f"kept      {unit} {best[unit]} of {history.height}, valid_loss {best['valid_loss']:.4f}"]
 
 
 def test_json_is_flat_but_for_lists(store, tmp_path):

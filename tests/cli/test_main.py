@@ -160,4 +160,4 @@ def test_ctrl_c_before_a_command_began_says_how_to_go_on(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 130
-    assert capsys.readouterr().err.startswith("Interrupted. What was complete is kept; run the same command again")
+    assert capsys.readouterr().err.startswith("Interrupted before it began; run the same command again.")

@@ -41,12 +41,27 @@ def test_tuned_bodies_are_cached_from_the_same_manifest():
     params = {"manifest": Path("m.csv"), "store": None, "root": Path("images")}  # the rest is known from --init
     assert cache_tuned(run, params, "runs/j") == (
         "featurecache extract m.csv --store cache --view a=front --view b=PA,AP --layout long --view-column pos "
-        "--path-column path --id 'study no' --root images --body run:runs/j"
+        "--path-column path --id 'study no' --root images --body run:runs/j --name m-tuned"
     )
     run.record["manifest_config"] = {"views": {"a": "a"}, "layout": "wide", "multi": "error", "id": None}
     assert cache_tuned(run, {**params, "root": None}, "runs/j") == (
-        "featurecache extract m.csv --store cache --view a=a --body run:runs/j"
+        "featurecache extract m.csv --store cache --view a=a --body run:runs/j --name m-tuned"
     )
+
+
+def test_tuned_bodies_are_cached_beside_the_features_that_the_start_was_fitted_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = write_store(Path("my data"), 40, missing=0.0)
+    fit = ["--head", "fc", "--set", "epochs=1", "--bootstrap", 0, "--out", "runs/fc"]
+    assert command("fit-head", "--dataset", "m", store, "--target", "label", *fit).status == 0
+    read = {"views": {"a": "a"}, "layout": "wide", "multi": "error", "id": None}
+    run = SimpleNamespace(record={"manifest_config": read, "binding": {"dataset": "other"}})
+    params = {"manifest": Path("other.csv"), "init": Path("runs/fc"), "store": None, "root": None}
+    found = cache_tuned(run, params, "runs/j")
+    assert found == f"featurecache extract other.csv --store '{store}' --view a=a --body run:runs/j --name m-tuned"
+    assert " --store T " in cache_tuned(run, {**params, "store": Path("T")}, "runs/j")
+    monkeypatch.chdir(tmp_path.parent)  # where that name leads nowhere
+    assert " --store cache " in cache_tuned(run, {**params, "init": tmp_path / "runs" / "fc"}, "runs/j")
 
 
 def test_an_option_without_a_value_is_shown_without_one():

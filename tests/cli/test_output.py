@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,14 +15,19 @@ from featurecache.errors import InputError, StoreError
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    before = warnings.formatwarning
+    before, handlers = (
+        warnings.formatwarning,
+        {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)},
+    )
     yield
     warnings.formatwarning = before
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def run(body, *, as_json=False, quiet=False, debug=False):
+def run(body, *, name="demo", as_json=False, quiet=False, debug=False):
     try:
-        with command("demo", as_json=as_json, quiet=quiet, debug=debug) as output:
+        with command(name, as_json=as_json, quiet=quiet, debug=debug) as output:
             body(output)
     except typer.Exit as end:
         return end.exit_code
@@ -100,6 +106,37 @@ def test_errors_are_one_message_without_traceback(capsys, error, status, message
         assert found["error"] in err
     assert run(body, debug=True) == status
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(capsys):
+    def body(output, *notes):
+        interrupt = KeyboardInterrupt()
+        for note in notes:
+            interrupt.add_note(note)
+        raise interrupt
+
+    def told(name, *notes):
+        assert run(lambda output: body(output, *notes), name=name) == 130
+        return capsys.readouterr().err
+
+    again = "What was complete is kept; run the same command again to go on."
+    assert told("extract") == f"Interrupted. {again}\n"
+    assert told("pipeline", "with --resume") == f"Interrupted. {again}\n", "it resumes by itself"
+    assert told("finetune-joint", "Give --resume.") == "Interrupted. Give --resume.\n"
+    afresh = "Interrupted. What was not finished is not kept; the same command begins afresh.\n"
+    assert told("fit-head") == told("finetune-joint") == afresh
+
+
+def test_another_interrupt_while_python_ends_says_nothing():
+    code = (
+        "import os, signal, typer\nfrom featurecache.cli.output import command\n"
+        "try:\n    with command('extract', as_json=False, quiet=False, debug=False):\n        os.kill(os.getpid(), 2)\n"
+        "except typer.Exit:\n    os.kill(os.getpid(), 2)\n    print('never')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "Interrupted. What was complete is kept; run the same command again to go on.\n"
+    assert done.stdout == ""
 
 
 def test_a_status_of_its_own(capsys):

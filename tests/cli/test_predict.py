@@ -107,6 +107,9 @@ def test_without_a_store_it_says_that_features_are_not_kept(home, tmp_path):
     kept = "features are not kept; with --store STORE only new images are computed"
     assert kept in command("predict", home / "runs/head", *words).out
     assert kept not in command("predict", home / "runs/joint", *words).out
+    unused = "--store is not used: a joint run's images go through its network each time"
+    assert unused in command("predict", home / "runs/joint", *words, "--store", tmp_path / "S").out
+    assert unused not in command("predict", home / "runs/head", *words, "--store", tmp_path / "S").out
     again = shutil.copy(home / "new/samples.csv", home / "new/again.csv")
     assert kept in command("evaluate", home / "runs/head", again, *TRUST).out
     assert kept not in command("evaluate", home / "runs/head").out

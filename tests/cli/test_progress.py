@@ -83,6 +83,32 @@ def test_a_task_that_waits_for_another_begins_when_that_is_complete(clock, capsy
     ]
 
 
+def test_the_line_after_a_task_was_completed_says_so(clock, capsys):
+    """The tasks of views that share a recipe end together, when the last of them is complete."""
+    lines = Lines()
+    lines.begin("a", 20)
+    lines.begin("b", 700)
+    for task in "aabbbb":
+        clock.now += 10
+        lines.advance(task, 10)
+    for _ in range(2):
+        clock.now += 10
+        lines.advance("b", 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "a: 20/20 images, 1.0 images/s, 0 s left; b: 10/700 images, 1.0 images/s, 690 s left",
+        "b: 40/700 images, 1.0 images/s, 660 s left",
+    ]
+
+
+def test_what_an_interrupt_left_undone_is_not_called_nothing_to_do(clock):
+    counts = tally.Tally()
+    counts.begin("b", 700, "images", 50)
+    counts.begin("c", 50, "images", 50)
+    counts.advance("b", 0, "50 reused")
+    assert counts.end("b").in_all() == "b: none of 650 images done, 50 reused"
+    assert counts.end("c").in_all() == "c: nothing to do"
+
+
 def test_unknown_totals(clock, capsys):
     lines = Lines()
     lines.begin("fit", None, "steps")

@@ -10,7 +10,7 @@ def store(tmp_path):
 def test_info_lists_recipes_and_datasets(store):
     done = command("info", store)
     assert done.status == 0
-    assert "1 failed, torchvision/resnet18, torch fp32, penultimate@none (6,) float32" in done.out
+    assert "1 content failed, torchvision/resnet18, torch fp32, penultimate@none (6,) float32" in done.out
     assert "dataset   m: 24 samples of " in done.out
     assert "            a: 23 done, 1 failed, recipe " in done.out
     found = command("info", store, "--json").json

@@ -38,7 +38,29 @@ PAIRS = [f"p{i // 2}" for i in range(40)]
 
 @pytest.mark.parametrize(
     "name",
-    ["patient", "patient_id", "PatientID", "Patient ID", "patientId", "anon_subject_no", "Participants", "CaseKey"],
+    [
+        "patient",
+        "patient_id",
+        "PatientID",
+        "Patient ID",
+        "patientId",
+        "anon_subject_no",
+        "Participants",
+        "CaseKey",
+        "Patienten ID",
+        "Patienten-ID",
+        "Patientennummer",
+        "Pat.-Nr.",
+        "Patientin",
+        "Probanden-Nr.",
+        "ProbandenID",
+        "Teilnehmer",
+        "MRN",
+        "id_paciente",
+        "Número Paciente",
+        "paziente",
+        "sujet_id",
+    ],
 )
 def test_a_column_that_is_called_after_a_patient_and_repeats(name):
     assert group(**{"site": ["x", "y"] * 20, name: PAIRS}) == name
@@ -53,6 +75,9 @@ def test_a_column_that_is_called_after_a_patient_and_repeats(name):
         {"subject": ["cat", "dog", "fox", "owl"] * 10},  # classes
         {"study_name": ["north", "south"] * 20},
         {"outpatients": PAIRS},
+        {"Pattern ID": PAIRS},
+        {"Patientenalter": [i // 2 for i in range(40)]},
+        {"Fall-Nr.": PAIRS},
         {"case": [None] * 40},
         {"site": PAIRS},
     ],

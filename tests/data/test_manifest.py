@@ -100,6 +100,16 @@ def test_tab_separated_bom_and_line_breaks(root):
     assert cells(manifest(root, text, views={"v": "f"})) == [(0, "v", 0, "a.png", 3), (1, "v", 0, "b.png", 6)]
 
 
+def test_semicolons_are_read_and_said(root):
+    found = manifest(root, "Fall-Nr.;Alter;f\n1;40,8;a.png\n", views={"v": "f"}, id="Fall-Nr.")
+    assert cells(found) == [(0, "v", 0, "a.png", 2)]
+    assert found.table["Alter"].to_list() == ["40,8"]
+    assert len(found.notes) == 1
+    assert found.notes[0].endswith("m.csv: read with ';' between the cells, as its header has it")
+    assert manifest(root, "sample_id\tf\n1\ta.png\n", "m.tsv", views={"v": "f"}).notes == ()
+    assert manifest(root, "sample_id,f\n1,a.png\n", views={"v": "f"}).notes == ()
+
+
 def test_folder(root):
     for name in ("cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg", "dog/.hidden.jpg", ".git/x.jpg", "dog/notes.txt", "0.jpg"):
         (root / "set" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -79,9 +79,9 @@ def test_the_message_shows_twenty_and_keeps_all(root):
         ('sample_id,f\n1,"a"b\n', "m.csv, line 2: not valid CSV: ',' expected after '\"'"),
         ("sample_id,f\n1,\0\n", "m.csv: not a text file (it holds zero bytes); a CSV must be UTF-8"),
         (
-            "sample_id;f\n1;a.png\n",
-            "m.csv: no column 'f' (--view v=f). Its cells are separated by ';': save it with commas, or with tabs as "
-            ".tsv.",
+            "sample_id;a,b;f\n1;2;a.png\n",
+            "m.csv: 1 line not as long as the header. Its cells look separated by ';', but the header also holds ',', "
+            "which is taken first: rename the column that has it, or save the table with tabs as .tsv.",
         ),
     ],
 )
@@ -93,6 +93,10 @@ def test_files_that_are_no_manifest(root):
     with pytest.raises(MissingFileError, match=r"gone\.csv: no such file or folder"):
         read_manifest(ManifestConfig(manifest=root / "gone.csv"))
     (root / "m.csv").write_bytes(b"sample_id,f\n1,\xe4.png\n")
+    (root / "patients.csv").write_text("")
+    for wrong, near in {"m": "m.csv", "patient.csv": "patients.csv"}.items():
+        with pytest.raises(MissingFileError, match=rf"{wrong}: no such file or folder\. Did you mean '{near}'\?$"):
+            read_manifest(ManifestConfig(manifest=root / wrong))
     with pytest.raises(InputError, match=r"m\.csv, line 2: not UTF-8 \(.*\)\. Save the table as UTF-8\."):
         read_manifest(ManifestConfig(manifest=root / "m.csv"))
     (root / "m.xlsx").write_bytes(b"PK")

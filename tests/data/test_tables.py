@@ -6,6 +6,7 @@ import pytest
 
 from featurecache.data import tables
 from featurecache.data.tables import read_source
+from featurecache.errors import InputError
 
 PLAIN = "sample_id,image,note\na,1.png, x \nb,,\nc,ü.png,007\n"
 
@@ -48,10 +49,35 @@ def test_both_ways_say_the_same(tmp_path, monkeypatch, text, fast):
     assert (quick.digest, quick.unit, quick.problems) == (slow.digest, slow.unit, slow.problems)
 
 
-@pytest.mark.parametrize("separator", [";", "\t", "|"])
-def test_a_table_with_other_separators_is_told_so(tmp_path, separator):
+@pytest.mark.parametrize(("separator", "n"), [(";", 1), ("\t", 1), ("|", 1), (";", 30)])
+def test_what_stands_between_the_cells_is_seen_from_the_header(tmp_path, separator, n):
     """As spreadsheets of countries with decimal commas save them."""
-    (tmp_path / "m.csv").write_text(PLAIN.replace(",", separator))
-    message = read_source(tmp_path / "m.csv").missing("image", "--view image=image")
-    assert message is not None
-    assert f"no column 'image' (--view image=image). Its cells are separated by {separator!r}: save it with" in message
+    rows = "".join(f"s{i}{separator}40,{i}{separator}{i}.png\n" for i in range(n))
+    (tmp_path / "m.csv").write_text(f"sample_id{separator}age{separator}image\n{rows}")
+    source = read_source(tmp_path / "m.csv")
+    assert source.frame.columns == ["sample_id", "age", "image"]
+    assert source.frame.row(0) == ("s0", "40,0", "0.png")
+    assert (source.problems, source.separator) == ((), separator)
+
+
+@pytest.mark.parametrize(
+    "header", ["sample_id,findings (a;b;c),image", '"sample_id","a|b|c","image"', "sample_id,x\ty\tz,image"]
+)
+def test_the_comma_goes_first(tmp_path, header):
+    (tmp_path / "m.csv").write_text(f"{header}\ns,1;2;3,i.png\n")
+    source = read_source(tmp_path / "m.csv")
+    assert source.frame.row(0) == ("s", "1;2;3", "i.png")
+
+
+@pytest.mark.parametrize("size", ["40", "40,8"])
+def test_a_header_with_commas_between_semicolons_is_told_in_one_line(tmp_path, size):
+    rows = "".join(f"s{i};{size};{i}.png\n" for i in range(30))
+    (tmp_path / "m.csv").write_text(f"sample_id;size, cm;image\n{rows}")
+    if size == "40":  # every row has another length than the header
+        with pytest.raises(InputError) as caught:
+            read_source(tmp_path / "m.csv")
+        message = str(caught.value)
+    else:
+        message = read_source(tmp_path / "m.csv").missing("image", "--view image=image") or ""
+    assert "Its cells look separated by ';', but the header also holds ','" in message
+    assert message.count("line") <= 1

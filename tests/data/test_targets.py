@@ -158,6 +158,19 @@ def test_a_class_for_every_two_samples():
     assert target([i // 2 for i in range(42)]).task == "regression"
 
 
+def test_decimal_commas_are_told():
+    ages = [f"{40 + i // 3},{i // 3 % 10}" for i in range(66)]
+    assert refusal(ages).endswith(
+        "Give another --target, or --task regression if it is a quantity, or --task multiclass if these are classes "
+        "(decimal commas? write 40.0 for 40,0)."
+    )
+    found = refusal(["1", *ages], task="regression")
+    assert "finite numbers or empty (decimal commas? write 40.0 for 40,0); found sample 's1' (row 2): '40,0'" in found
+    assert "decimal commas" not in refusal(["40,8", "x"], task="regression")
+    assert target(["1", "2", "1,2"] * 2).task == "multiclass"  # codes
+    assert target(ages, task="multiclass").task == "multiclass"
+
+
 def test_given_classes():
     found = target(["b", "b"], classes=("a", "b"))
     assert (found.task, found.classes, found.values.tolist()) == ("binary", ("a", "b"), [1, 1])

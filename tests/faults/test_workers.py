@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import pickle
 import signal
 import subprocess
@@ -62,6 +63,7 @@ def test_a_worker_that_meets_a_damaged_chunk(birds):
     check_intact(birds)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch may hear of it in a `__del__`
 def test_a_worker_that_is_killed(birds):
     batches = iter(loader(dataset(birds)))
     next(batches)
@@ -71,8 +73,10 @@ def test_a_worker_that_is_killed(birds):
         os.kill(batches._workers[1].pid, signal.SIGKILL)  # torch raises where it hears of it, which may be here
         list(batches)
 
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* (exited|killed)"):
+    with pytest.raises((RuntimeError, EOFError, OSError)) as caught:  # the latter two: it died handing over a batch
         go_on()
+    if caught.type is RuntimeError:
+        assert re.search(r"DataLoader worker \(pid.* (exited|killed)", str(caught.value))
     assert time.monotonic() - start < BOUND
     check_intact(birds)
 

@@ -35,12 +35,12 @@ class Killed(Exception):
 class KillAt(Silent):
     """Ends the training when a task begins whose name starts so."""
 
-    def __init__(self, task):
-        self.task = task
+    def __init__(self, task, error=Killed):
+        self.task, self.error = task, error
 
     def begin(self, task, total, unit="images"):
         if task.startswith(self.task):
-            raise Killed
+            raise self.error
 
 
 class Told(Silent):
@@ -142,10 +142,14 @@ def test_torchs_own_generator_is_left_alone(manifest, tmp_path):
 
 def test_resume_with_other_options_is_refused(manifest, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(Killed):
-        finetune_joint(config(manifest, out), reporter=KillAt("epoch 2/"))
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        finetune_joint(config(manifest, out), reporter=KillAt("epoch 2/", KeyboardInterrupt))
+    assert "the same command with --resume goes on from there" in interrupt.value.__notes__[0]
     with pytest.raises(InputError, match=r"not the training that was interrupted: lr: 0.005 then, 0.01 now"):
         finetune_joint(config(manifest, out, lr=1e-2, resume=True))
+    with pytest.raises(InputError, match=r"run: an unfinished training is in run\.tmp.* --resume .* --overwrite "):
+        finetune_joint(config(manifest, out))
+    assert (tmp_path / "run.tmp" / "checkpoint" / "state.safetensors").is_file(), "not discarded"
     manifest.with_name("more.csv").write_text(manifest.read_text().replace("s003", "s999"))
     with pytest.raises(InputError, match=r"manifest: .* samples and splits: "):
         finetune_joint(config(manifest.with_name("more.csv"), out, resume=True))
@@ -191,6 +195,9 @@ def test_missing_views_and_failed_images(tmp_path):
     dropped = finetune_joint(config(manifest, tmp_path / "drop", missing="drop", epochs=1, freeze_epochs=0))
     assert set(dropped.predictions["views"]) == {"a+b"}
     assert "s004" not in dropped.predictions["sample_id"]
+    sides = dict(table.select("sample_id", "split").iter_rows())
+    own = dict(dropped.predictions.select("sample_id", "split").iter_rows())
+    assert own == {name: sides[name] for name in own}, "who is left out moves nobody to another side"
 
 
 def test_missing_error_refuses_what_can_not_be_read_too(tmp_path):

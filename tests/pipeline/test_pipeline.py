@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extract_kit import BODY, image, main, write_manifest
+from extract_kit import BODY, image, main, read_rows, write_manifest
 
 from featurecache.errors import InputError, MissingFileError
 from featurecache.joint import finetune
+from featurecache.pipeline.call import run_pipeline
 from featurecache.pipeline.config import read_pipeline
 from featurecache.pipeline.initial import write_initial
 from featurecache.pipeline.makers import check_maker, make, maker_names
@@ -99,6 +100,30 @@ def test_done_once_cached_afterwards_and_redone_where_something_changed(study):
 
 
 @pytest.mark.slow
+def test_a_view_that_some_samples_lack_is_compared_on_those_in_common(study):
+    """As `init` writes it: all views, and one of them alone, which leaves out the samples without it."""
+    table = read_rows(study / "samples.csv")
+    for row in table[::4]:
+        row["left"] = ""
+    write_manifest(study / "samples.csv", table)
+    done = run_pipeline(study / "study.toml", study / "out")
+    both, alone = (load_run(done.folder / "runs" / name) for name in ("logistic", "left-alone"))
+    figures = done.steps[-1].figures
+    n, every = (len(run.arrays.of("test").sample_ids) for run in (alone, both))
+    assert 0 < n < every
+    assert figures["n"] == n
+    said = f"measured on those in common: {n} (logistic {every}, left-alone {n}) for test"
+    assert said in figures["notes"][0]
+    assert said in done.report.read_text(encoding="utf-8")
+
+    changes = {"fit.left-alone.seed": 3}
+    with pytest.raises(InputError, match=r"left-alone: of its \d+ test samples, logistic trained") as caught:
+        open_pipeline(study / "study.toml", study / "out", changes=changes).run()
+    runs = ", ".join(str(done.folder / "runs" / name) for name in ("logistic", "left-alone"))
+    assert str(caught.value).endswith(f"\nDone before, and kept: {runs}. The same command goes on behind them.")
+
+
+@pytest.mark.slow
 def test_a_corrected_label_and_a_damaged_run_are_not_taken_for_done(study):
     file, out = study / "study.toml", study / "out"
     open_pipeline(file, out).run()
@@ -155,6 +180,7 @@ def test_the_command_tells_what_it_did(study, capsys):
     page = (study / "out" / "study" / "report.html").read_text(encoding="utf-8")
     assert "Two views" in page
     assert 'href="runs/left-alone/report.html"' in page
+    assert page.count("<small>left</small>") == page.count("<small>right</small>") == 12, "which view a picture is"
     assert "left-alone: its calibration was fitted on these validation samples" in page
     run = load_run(study / "out" / "study" / "runs" / "logistic")
     assert run.record["head"]["settings"]["C"] == 0.001
@@ -242,7 +268,7 @@ def test_init_writes_a_pipeline_that_is_valid(tmp_path, capsys):
     opened = open_pipeline(tmp_path / "study" / "pipeline.toml", tmp_path / "out")
     assert [step.name for step in opened.steps] == ["features", "logistic", "fc", "front-alone", "comparison"]
     uncommented = (tmp_path / "study" / "pipeline.toml").read_text(encoding="utf-8").replace("\n# [[", "\n[[")
-    for line in ("root =", "split =", "uncertain =", "reader =", "init =", "epochs =", "freeze_epochs ="):
+    for line in ("id =", "root =", "split =", "uncertain =", "reader =", "init =", "epochs =", "freeze_epochs ="):
         uncommented = uncommented.replace(f"\n# {line}", f"\n{line}")
     (tmp_path / "all.toml").write_text(uncommented, encoding="utf-8")
     config = read_pipeline(tmp_path / "all.toml")  # what is commented out is valid too
@@ -252,6 +278,9 @@ def test_init_writes_a_pipeline_that_is_valid(tmp_path, capsys):
     status, _, err = main("pipeline", tmp_path / "study" / "pipeline.toml", "--dry-run", capsys=capsys)
     assert status == 2
     assert "images/s1-front.jpg is missing" in err
+    assert "another folder, give [data] root." in err
+    _, _, err = main("init", tmp_path / "a study", capsys=capsys)
+    assert err.endswith(f"then: featurecache pipeline '{tmp_path}/a study/pipeline.toml' --dry-run\n")
 
 
 def test_a_recipe_that_comes_along_is_found_by_its_name(tmp_path, monkeypatch):

@@ -89,6 +89,15 @@ def test_the_conclusion_says_no_gain_where_the_interval_holds_zero(folder):
     assert ("no gain shown from fusion" in said) == (best.words == "no gain shown")
 
 
+def test_samples_without_a_label_are_not_counted(tmp_path):
+    rows = samples(60)
+    for row in rows[:9]:
+        row["label"] = ""
+    write_store(tmp_path, rows=rows)
+    found = ablate(dataset(tmp_path, "label"), ["logistic"], split=SplitConfig(group="patient"), seeds=2, bootstrap=5)
+    assert (found.samples, found.groups) == (51, 26)  # p4 has one with and one without
+
+
 def test_folds_test_every_sample_once(folder):
     found = ablate(dataset(folder), ["logistic"], split=SplitConfig(), folds=4, bootstrap=20)
     assert found.divisions == 4

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import polars as pl
 import pytest
-from stage_two import command, quick, samples, write_store
+from stage_two import command, quick, read_table, samples, write_store
 
 from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
-from featurecache.evaluation.bootstrap import paired_differences
+from featurecache.evaluation.bootstrap import bootstrap_intervals, paired_differences
+from featurecache.evaluation.metrics import compute_metrics
 from featurecache.fit import fit_head
 from featurecache.reporting.compare import compare_runs
 from featurecache.run import load_run
@@ -101,7 +103,13 @@ def test_a_temperature_does_not_mark_the_order_of_two_classes(runs, tmp_path):
 
 def test_other_splits_other_targets_and_a_single_run_are_refused(runs, tmp_path):
     both = load_run(runs / "both")
-    with pytest.raises(InputError, match=r"other: \d+ of its test samples are not those of both: s\d+"):
+    ids = {name: load_run(runs / name).arrays.of("test").sample_ids for name in ("both", "other")}
+    odd = {name: sorted(set(ids[name]) - set(ids[rest])) for name, rest in (("both", "other"), ("other", "both"))}
+    said = (
+        f"other: of its {len(ids['other'])} test samples, both trained or validated on {len(odd['other'])}; of the "
+        f"{len(ids['both'])} test samples of both, it did on {len(odd['both'])}: {', '.join(odd['other'][:3])}"
+    )
+    with pytest.raises(InputError, match=re.escape(said)):
         compare_runs([both, load_run(runs / "other")], names=["both", "other"])
     with pytest.raises(InputError, match="two runs or more"):
         compare_runs([both])
@@ -110,6 +118,44 @@ def test_other_splits_other_targets_and_a_single_run_are_refused(runs, tmp_path)
         label = fit_head(dataset, head="logistic", out=tmp_path / "label", bootstrap=0)
     with pytest.raises(InputError, match="label: task binary, but both has multiclass"):
         compare_runs([both, label], names=["both", "label"])
+
+
+def test_a_view_that_some_samples_lack_does_not_move_the_others_to_another_side(runs):
+    """Three runs on `a`, `b` and both: the same split, measured on the test samples that all of them have."""
+    with quick():
+        dataset = FeatureDataset(runs / "store", dataset="m", target="kind", views=["b"])
+        assert dataset.n_dropped
+        b = fit_head(dataset, head="logistic", out=runs / "b", bootstrap=30)
+    sides = {row["sample_id"]: row["split"] for row in read_table(runs / "both" / "splits.csv")}
+    own = {row["sample_id"]: row["split"] for row in read_table(b.path / "splits.csv")}
+    assert own == {sample: sides[sample] for sample in own}
+    assert b.record["flow"]["samples"] == len(sides)
+    left = sum(entry["samples"] for entry in b.record["flow"]["left_out"])
+    assert left + sum(part["samples"] for part in b.record["flow"]["used"].values()) == len(sides)
+
+    opened = [load_run(runs / name) for name in ("both", "b", "a")]
+    found = compare_runs(opened, names=["both", "b", "a"], metric="balanced_accuracy", n=50)
+    n = {side: len(b.arrays.of(side).sample_ids) for side in ("test", "valid")}
+    assert (found.n, found.n_valid) == (n["test"], n["valid"])
+    assert found.n < len(opened[0].arrays.of("test").sample_ids)
+    for row in found.runs:
+        run = opened[["both", "b", "a"].index(row.run)]
+        figures = {}
+        for side in ("valid", "test"):
+            part = run.arrays.of(side)
+            part = part.take(np.flatnonzero(np.isin(part.sample_ids, b.arrays.of(side).sample_ids)))
+            figures[side] = compute_metrics(to_target(part), part.scores)["balanced_accuracy"]
+        assert (row.valid, row.test) == (pytest.approx(figures["valid"]), pytest.approx(figures["test"]))
+        ends = bootstrap_intervals(to_target(part), part.scores, part.groups, n=50, metrics=["balanced_accuracy"])
+        if row.run != "b":  # whose own figures hold
+            assert [row.test_low, row.test_high] == pytest.approx(ends["balanced_accuracy"])
+    every = {side: len(opened[0].arrays.of(side).sample_ids) for side in n}
+    said = (f"{n[side]} (both {every[side]}, b {n[side]}, a {every[side]})" for side in ("test", "valid"))
+    start = "not all runs have the same samples; measured on those in common: "
+    assert found.notes == ("{}{} for test, {} for validation".format(start, *said),)
+    done = command("compare", *(run.path for run in opened), "--bootstrap", "5")
+    assert done.status == 0, done.err
+    assert f"note      {start}{n['test']} (" in done.out
 
 
 def test_other_labels_for_the_same_samples_are_refused(runs, tmp_path):

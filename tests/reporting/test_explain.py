@@ -17,7 +17,7 @@ from featurecache.newsamples import NewSamples, manifest_config
 from featurecache.reporting import attribution
 from featurecache.reporting.attribution import METHODS, Network, heat_maps
 from featurecache.reporting.explain import choose_samples, explain, load_network, show_features
-from featurecache.reporting.heatdrawing import colours, draw_sample, overlay
+from featurecache.reporting.heatdrawing import colours, draw_panels, draw_sample, overlay
 from featurecache.run import load_run
 
 pytest.importorskip("captum", reason="no captum: pip install 'featurecache[explain]'")
@@ -414,3 +414,14 @@ def test_views_share_one_scale(tmp_path):
     assert left.sum() > 3 * right.sum()
     assert colours(np.array(0.0)).tolist() == [0, 0, 4]
     assert overlay(np.full((2, 2, 3), 100, np.uint8), np.zeros((2, 2))).shape == (2, 2, 3)
+
+
+def test_names_of_classes_are_drawn_in_many_scripts(tmp_path):
+    panel = [("a", [np.zeros((8, 8, 3), np.uint8)])]
+
+    def drawn(title):
+        draw_panels(tmp_path / "x.png", panel, title=title)
+        return np.asarray(Image.open(tmp_path / "x.png")).tobytes()
+
+    letters = "\u00e4\u00df\u0142\u0417\u03a9"
+    assert len({drawn(letter) for letter in letters}) == len(letters), "an empty box for each would be the same picture"

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,7 @@ from featurecache.dataset import FeatureDataset
 from featurecache.errors import InputError
 from featurecache.features.features import ArrayFeatures, Block
 from featurecache.reporting.embedding import alike_pairs, fit_components, neighbours, tsne
-from featurecache.reporting.explore import explore
+from featurecache.reporting.explore import explore, render
 from featurecache.reporting.explorefields import prediction_columns, suspects, table_column
 from featurecache.reporting.thumbnails import Pictures, eight_bit, fitting
 from featurecache.run import load_run
@@ -195,6 +196,15 @@ def test_page(home, dataset, tmp_path):
     assert made.pictures == sum(map(len, data["pictures"])) > 80
 
 
+@pytest.mark.parametrize(("run", "who"), [("fc", "Run fc"), ("", "The model")])
+def test_whose_share_of_right_answers_is_told(run, who):
+    page = render(
+        {}, title="t", run=run, method="pca", variance=0.5, n=9, total=9, views=("a",), notes=[], alike=0.95,
+        n_pairs=0, n_doubts=2, listed=200, judged="Judged.", share=0.827, regression=False,
+    )  # fmt: skip
+    assert f"Judged. {who} is right on 82.7\N{NO-BREAK SPACE}% of the samples judged here; the lower" in page
+
+
 def test_no_pictures_for_privacy(dataset, tmp_path):
     made = explore(dataset, tmp_path / "m.html", images="none", parquet=tmp_path / "m.parquet")
     text, data = page_data(made.path)
@@ -233,6 +243,13 @@ def test_pictures_stay_within_their_budget(dataset):
         assert sum(picture.size() for some in shown for picture in some) <= budget
         assert any(shown)
     assert size == 32
+
+
+def test_a_manifest_that_was_moved_is_told_with_a_way_out(dataset):
+    gone = replace(dataset.binding, manifest_path="/nowhere/my samples.csv", name="my samples")
+    (note,) = Pictures(gone, dataset.recipes).notes
+    assert note.startswith("No pictures: my samples.csv is no longer where it was. Run featurecache extract with it")
+    assert "with --name 'my samples'" in note
 
 
 def test_a_picture_that_changed_since_is_not_shown(home, dataset):

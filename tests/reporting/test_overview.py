@@ -28,7 +28,7 @@ def test_verdict_holds_the_figures():
 def test_page_is_self_contained_and_escaped(tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"\x89PNG not really")
-    sample = Sample("<script>alert(1)</script>", "a & b", (png_uri(picture),))
+    sample = Sample("<script>alert(1)</script>", "a & b", (("side <i>", png_uri(picture)),))
     page = write_overview(
         tmp_path / "report.html", title="<b>title</b>", lead="lead", rows=[REFERENCE, row(0.01, 0.2)], samples=[sample]
     ).read_text(encoding="utf-8")
@@ -38,6 +38,6 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     assert base64.b64encode(b"\x89PNG not really").decode() in page
     assert set(re.findall(r'(?:src|href)="([^"]{0,12})', page)) == {"data:image/p", "runs/left/re", "runs/both/re"}
     assert '<a href="runs/left/report.html">left alone</a>' in page
-    assert 'alt="&lt;script&gt;alert(1)&lt;/script&gt;, view 1"' in page
+    assert 'alt="&lt;script&gt;alert(1)&lt;/script&gt;, view side &lt;i&gt;"><small>side &lt;i&gt;</small>' in page
     assert "0.700" in page
     assert "better" in page

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from featurecache.reporting.report import render, write_evaluation_report, write_report
 from featurecache.reporting.wording import interval, metric_name, number, percent, sentence
 from featurecache.rundir.predictions import Predictions
+from featurecache.rundir.results import curves_of
 
 NASTY = "<script>alert('x')</script>"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -189,6 +191,61 @@ def test_joint_training_shows_its_own_settings_and_whose_weights_it_kept(tmp_pat
     later = render(tmp_path / "r", {**record, "best_epoch": 2})
     assert "those of epoch 2, with the lowest validation loss" in later
     assert "than the start" not in later
+
+
+def test_learning_curve_marks_what_was_kept(tmp_path):
+    record = directory(tmp_path / "r", predictions("binary"))
+    history = {"epoch": [1, 2, 3], "train_loss": [1.0, 0.5, 0.1], "valid_loss": [0.9, 0.4, 0.7]}
+    pl.DataFrame(history).write_csv(tmp_path / "r/history.csv")
+    assert "0.7 at the end" in render(tmp_path / "r", record), "of which nobody knows what was kept"
+    (tmp_path / "r/head.json").write_text(json.dumps({"fitted": {"epoch": 2}}))
+    words = " ".join(" ".join(Page(render(tmp_path / "r", record)).text).split())
+    assert "train loss 0.5 kept valid loss 0.4 kept The dashed line: epoch 2, which was kept." in words
+    assert "weights kept those of epoch 2, with the lowest validation loss" in words
+    pl.DataFrame(history).rename({"epoch": "round"}).write_csv(tmp_path / "r/history.csv")
+    (tmp_path / "r/head.json").write_text(json.dumps({"fitted": {"rounds": 2}}))
+    words = " ".join(" ".join(Page(render(tmp_path / "r", record)).text).split())
+    assert "weights kept the first 2 of 3 rounds, with the lowest validation loss" in words
+    pl.DataFrame(history).drop("valid_loss").write_csv(tmp_path / "r/history.csv")
+    assert " kept" not in render(tmp_path / "r", record), "nothing was chosen without validation"
+
+
+@pytest.mark.parametrize(("task", "decided"), [("binary", True), ("multiclass", False)])
+def test_subgroups_say_of_which_samples(tmp_path, task, decided):
+    record = directory(tmp_path / "r", predictions(task))
+    metrics = json.loads((tmp_path / "r/metrics.json").read_text())
+    for name, manifest in (("own", None), ("new", NASTY)):
+        by = {"column": "site", "subgroups": {"x": {**metrics["test"], "small": ""}}}
+        (tmp_path / "r/evaluations" / name).mkdir(parents=True)
+        (tmp_path / "r/evaluations" / name / "metrics.json").write_text(json.dumps({**metrics, "by": by}))
+        about = {"manifest": manifest, "n": 30}
+        (tmp_path / "r/evaluations" / name / "evaluation.json").write_text(json.dumps(about))
+    words = " ".join("".join(Page(render(tmp_path / "r", record)).text).split())
+    more = ", with the same threshold for all" * decided
+    assert f"Measured on the run\N{RIGHT SINGLE QUOTATION MARK}s own test samples{more}. A small" in words
+    assert f"Measured on the samples of {NASTY}{more}. A small" in words
+
+
+def test_each_of_several_classes_has_its_own_curves_with_bands(tmp_path):
+    made = predictions("multiclass")
+    record = directory(tmp_path / "r", made)
+    bare = Page(render(tmp_path / "r", record))
+    kept = curves_of(made, {"value": None}, bootstrap=20, seed=0)
+    (tmp_path / "r/curves.json").write_text(json.dumps(kept))
+    text = render(tmp_path / "r", record)
+    page = Page(text)
+    assert "<script" not in text
+    more = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(more) == len([tag for tag, _ in bare.tags if tag == "svg"]) + 1 + 3 * 3, "and the reliability diagram"
+    assert len(re.findall(r'd="M[^"]*Z" fill="var\(--s1\)" fill-opacity', text)) == 9
+    words = " ".join("".join(page.text).split())
+    assert f"{NASTY} against the rest: ROC, precision-recall and decision curve" in words
+    part = made.of("test")
+    area = roc_auc_score(part.true == 0, part.scores[:, 0])
+    assert f"AUROC {area:.3f}. Shaded: 95 % band. The dot: where the model decides." in words
+    assert "nan" not in "".join(re.findall(r' d="[^"]*"', text))
+    many = curves_of(predictions("multiclass", n=240, classes=9), {"value": None}, bootstrap=0, seed=0)
+    assert many["curves"] == [], "too many to look at one by one"
 
 
 def test_same_bytes_every_time(tmp_path):
@@ -402,11 +459,18 @@ def test_the_page_of_an_evaluation(tmp_path):
     directory(tmp_path / "e", replace(made, splits=np.full(len(made.true), "test")), splits=("test",), history=False)
     about = {"manifest": "new.csv", "n": 120, "by": None, "notes": ["9 of them were seen before"], "failed": []}
     about["threshold"] = {"value": 0.125, "rule": "sensitivity=0.9", "chosen_on": "valid"}
+    one = {"samples": 1, "groups": 1}
+    left = [{"why": "no known label", **one}]
+    about["flow"] = {"samples": 121, "groups": 41, "left_out": left, "used": {"test": one}, "incomplete": 0}
+    about["command"] = f"featurecache evaluate {NASTY}"
     (tmp_path / "e/evaluation.json").write_text(json.dumps(about))
     path = write_evaluation_report(tmp_path / "e", tmp_path / "r", record, name="r: new")
     text = path.read_text(encoding="utf-8")
     words = " ".join(" ".join(Page(text).text).split())
     for part in ("on 30 evaluated samples", "9 of them were seen before.", "new.csv", "the highest that reaches a "
-                 "sensitivity of 0.9", "evaluation of a head run", "How the run was made"):  # fmt: skip
+                 "sensitivity of 0.9", "evaluation of a head run", "How the run was made",
+                 "121 samples in 41 groups in the manifest \N{MINUS SIGN} 1 in 1 group no known label 1 in 1 group "
+                 "evaluated",
+                 f"How it was measured here. featurecache evaluate {NASTY}"):  # fmt: skip
         assert part in words, part
     assert "No leak found" not in words, "that is of the run's own samples"

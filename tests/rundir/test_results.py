@@ -189,19 +189,23 @@ def test_predictions_without_truth():
 
 
 def test_the_dot_on_the_curves_is_where_the_run_decides(runs):
-    for task in ("binary", "multilabel"):
+    for task in ("binary", "multiclass", "multilabel"):
         run = runs[task]
         curves = json.loads((run.path / "curves.json").read_text())
         assert curves["split"] == "test"
         for curve in curves["curves"]:
-            figures = run.metrics["test"] if task == "binary" else run.metrics["test"]["labels"][curve["label"]]
+            test = run.metrics["test"]
+            several = {"multilabel": "labels", "multiclass": "classes"}
+            figures = test[several[task]][curve["label"]] if task in several else test
             decided = curve["decided"]
             assert decided["sensitivity"] == pytest.approx(figures["sensitivity"])
             assert decided["fpr"] == pytest.approx(1 - figures["specificity"])
             assert decided["ppv"] == pytest.approx(figures["ppv"])
-            assert curve["events"] == figures["events"]
+            assert curve["events"] == figures.get("events", figures["n"])
+            assert len(curve["roc"]["low"]) == len(curve["pr"]["low"]) == 51
     assert [curve["label"] for curve in curves["curves"]] == ["p", "q"], "r was not trained"
-    assert json.loads((runs["multiclass"].path / "curves.json").read_text())["curves"] == []
+    kinds = json.loads((runs["multiclass"].path / "curves.json").read_text())["curves"]
+    assert [curve["label"] for curve in kinds] == ["a", "b", "<i>c</i>"]
 
 
 def test_the_reliability_diagram_shows_the_bins_of_the_calibration_error(runs):

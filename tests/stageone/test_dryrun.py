@@ -11,6 +11,7 @@ from PIL import Image
 
 from featurecache.errors import InputError
 from featurecache.stageone.dryrun import plan_extract
+from featurecache.store.store import FeatureStore
 
 
 def plan(manifest, store, **options):
@@ -28,6 +29,11 @@ def reasons(found) -> dict[str, int]:
     return dict(view.reasons)
 
 
+def held_bytes(path) -> int:
+    with FeatureStore(path) as store:
+        return sum(info.bytes for info in store.recipes())
+
+
 @pytest.fixture
 def data(tmp_path):
     return write_images(tmp_path / "data", 6)
@@ -39,6 +45,8 @@ def test_a_store_that_does_not_exist(data, tmp_path):
     assert reasons(found) == {"new": 5}
     assert not (tmp_path / "store").exists()
     size = found.bytes_to_write
+    counted = "view      image: reused 1 (1 equal to another of this table), to compute 5; torch fp32 (as given)"
+    assert counted in found.lines()
     assert f"write     about {size / 1e6:.1f} MB of features, in whole chunks" in found.lines()
     assert found.to_json() == {
         "dataset": "samples", "samples": 6, "images": 6, "reused": 1, "to_compute": 5, "known_failures": 0,
@@ -47,19 +55,24 @@ def test_a_store_that_does_not_exist(data, tmp_path):
     }  # fmt: skip
     done = run(data, tmp_path / "store")
     assert counts(done) == (5, 1, 0), "what was said is what is done"
-    assert done.bytes_written == size > 0, "the one chunk is written whole"
-    assert plan(data, tmp_path / "store").bytes_to_write == 0
+    assert held_bytes(tmp_path / "store") == size > 0, "the one chunk is written whole"
+    again = plan(data, tmp_path / "store")
+    assert again.bytes_to_write == 0
+    assert "view      image: reused 6, to compute 0; torch fp32 (as given)" in again.lines()
 
 
 def test_bytes_to_write_are_those_of_whole_chunks(data, tmp_path):
     store, options = tmp_path / "store", {"rows_per_chunk": 4}
-    assert plan(data, store, **options).bytes_to_write == run(data, store, **options).bytes_written  # 4 + 2 rows
+    size = plan(data, store, **options).bytes_to_write  # 4 + 2 rows
+    run(data, store, **options)
+    assert held_bytes(store) == size
     for number in range(3):
         image(60 + number).save(data.parent / f"more{number}.png")
     more = [{"sample_id": f"m{n}", "label": 0, "image": f"more{n}.png"} for n in range(3)]
     write_manifest(data, [*read_rows(data), *more])
-    size = plan(data, store, **options).bytes_to_write  # 2 + 3 rows: those of the partial chunk are written anew
-    assert size == 2 * run(data, store, **options).bytes_written
+    more_size = plan(data, store, **options).bytes_to_write  # 2 + 3 rows: those of the partial chunk are written anew
+    run(data, store, **options)
+    assert more_size == 2 * (held_bytes(store) - size)
 
 
 def test_what_changed_and_why(data, tmp_path):
@@ -126,6 +139,7 @@ def test_errors_are_those_of_the_run(data, tmp_path):
     run(data, tmp_path / "store")
     other = tmp_path / "elsewhere" / "samples.csv"
     shutil.copytree(data.parent, other.parent)
+    write_manifest(other, read_rows(other)[:5])
     with pytest.raises(InputError, match="in this store was made from"):
         plan(other, tmp_path / "store")
     with pytest.raises(InputError, match="no module 'conv9'"):

@@ -55,7 +55,7 @@ const ramp = (t) => {
   return `rgb(${RAMP[low].map((c, k) => Math.round(c + (RAMP[low + 1][k] - c) * (at - low))).join(",")})`;
 };
 const categoryColour = (column, k) => {
-  if (column.role === "error") return css(k ? "--s2" : "--ink-3");
+  if (column.role === "error") return css(k ? "--s2" : "--s1");
   if (column.labels.length <= THEME.length) return css(THEME[k]);
   return `hsl(${(k * 137.508) % 360} ${55 + 25 * (k % 2)}% ${(dark() ? 64 : 44) + 8 * (k % 3) - 8}%)`;
 };
@@ -64,7 +64,7 @@ const bounds = (column) => {
   return [known[Math.floor(known.length * 0.01)], known[Math.ceil(known.length * 0.99) - 1]];
 };
 function paint() {
-  const unknown = css("--line");
+  const unknown = css("--unknown");
   if (!field) {
     shades = [css("--s1")];
     shade.fill(0);
@@ -98,6 +98,12 @@ function legend(count) {
     strip.style.background = `linear-gradient(90deg, ${RAMP.map((_, k) => ramp(k / (RAMP.length - 1))).join(",")})`;
     bar.append(element("span", String(Number(low.toPrecision(3)))), strip, element("span", String(Number(high.toPrecision(3)))));
     box.append(bar);
+    if (count[STEPS]) {
+      const dot = element("span", undefined, "dot"), note = element("span", undefined, "scalebar");
+      dot.style.background = shades[STEPS];
+      note.append(dot, `unknown ${count[STEPS]}`);
+      box.append(note);
+    }
     return;
   }
   [...field.labels, "unknown"].forEach((label, k) => {
@@ -254,6 +260,7 @@ function hover(i) {
 function pin(i, follow = true) {
   pinned = i;
   card.replaceChildren();
+  card.classList.toggle("empty", i < 0);
   if (i < 0) {
     card.append(element("h2", "No sample chosen"), element("p", "Click or tap a dot, or find a sample by its id. Its pictures, what is known of it and its nearest neighbours appear here.", "hint"));
     redraw();
@@ -297,6 +304,7 @@ function listed() {
   const ids = [...picked].sort((a, b) => a - b).map((i) => data.ids[i]);
   $("list").value = ids.join("\n");
   $("count").textContent = String(ids.length);
+  $("chosen").classList.toggle("empty", !ids.length);
   redraw();
 }
 function toggle(i) { if (!picked.delete(i)) picked.add(i); listed(); }
@@ -468,4 +476,5 @@ field = colourable[0] || null;
 resize();
 paint();
 pin(-1);
+listed();
 })();
